@@ -1,0 +1,49 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <string>
+
+namespace fastpose {
+
+Isa detected_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx512;
+  }
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+namespace {
+
+Isa choose() {
+  Isa level = detected_isa();
+  const char* wish = std::getenv("FASTPOSE_CPU_ISA");
+  if (wish != nullptr) {
+    for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+      if (std::string(wish) == isa_name(lower) && lower < level) level = lower;
+    }
+  }
+  return level;
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa level = choose();
+  return level;
+}
+
+const char* isa_name(Isa level) {
+  switch (level) {
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+}  // namespace fastpose

@@ -1,0 +1,16 @@
+// Instruction set levels. Every kernel is compiled once per level into one binary; the level is chosen at run time.
+#pragma once
+
+namespace fastpose {
+
+enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// What the processor can do, lowered (never raised) by FASTPOSE_CPU_ISA=baseline|avx2|avx512. Read once.
+Isa isa();
+
+// What the processor can do.
+Isa detected_isa();
+
+const char* isa_name(Isa level);
+
+}  // namespace fastpose

@@ -1,0 +1,157 @@
+// Vectors of the level being compiled, on the compilers' vector extension: one source for SSE2, AVX2, AVX-512 and NEON.
+// Included by kernel files, once per level; no include guard, on purpose.
+
+namespace fastpose {
+namespace FASTPOSE_ISA {
+namespace {
+
+#define FASTPOSE_INLINE inline __attribute__((always_inline))
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(FASTPOSE_VECTOR_BYTES)));
+  typedef float unaligned __attribute__((vector_size(FASTPOSE_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t integer __attribute__((vector_size(FASTPOSE_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(FASTPOSE_VECTOR_BYTES)));
+  typedef double unaligned __attribute__((vector_size(FASTPOSE_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t integer __attribute__((vector_size(FASTPOSE_VECTOR_BYTES)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+template <class A>
+using IntVec = typename VecOf<A>::integer;
+
+// Lanes per vector.
+template <class A>
+constexpr int kLanes = FASTPOSE_VECTOR_BYTES / static_cast<int>(sizeof(A));
+
+template <class A>
+FASTPOSE_INLINE Vec<A> load(const A* p) {
+  return *reinterpret_cast<const typename VecOf<A>::unaligned*>(p);
+}
+template <class A>
+FASTPOSE_INLINE void store(A* p, Vec<A> v) {
+  *reinterpret_cast<typename VecOf<A>::unaligned*>(p) = v;
+}
+template <class A>
+FASTPOSE_INLINE Vec<A> splat(A a) {
+  return a - Vec<A>{};
+}
+
+// Store that bypasses the caches, for results too large to be found there later. p must be vector-aligned.
+FASTPOSE_INLINE void stream(float* p, Vec<float> v) {
+#if defined(__x86_64__) && FASTPOSE_VECTOR_BYTES == 64
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__x86_64__) && FASTPOSE_VECTOR_BYTES == 32
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, reinterpret_cast<__m128>(v));
+#else
+  store(p, v);
+#endif
+}
+FASTPOSE_INLINE void stream(double* p, Vec<double> v) { store(p, v); }
+FASTPOSE_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// exp(x) with a relative error of a few units in the last place. Below the smallest normal result it returns 0, above
+// the largest infinity; NaN stays NaN.
+FASTPOSE_INLINE Vec<float> exp(Vec<float> x) {
+  const Vec<float> low = splat(-87.0f), high = splat(88.7f);
+  Vec<float> t = x < low ? low : x;  // false for NaN, which passes through
+  t = t > high ? high : t;
+  // x = n ln2 + r, |r| <= ln2 / 2; adding and subtracting 1.5 * 2^23 rounds to the nearest integer
+  const Vec<float> magic = splat(12582912.0f);
+  const Vec<float> n = (t * 1.44269504088896341f + magic) - magic;
+  const Vec<float> r = (t - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // 2^n in two halves: n = 128 has no float of its own
+  const IntVec<float> k = __builtin_convertvector(n == n ? n : Vec<float>{}, IntVec<float>);
+  const IntVec<float> k1 = k >> 1, k2 = k - k1;
+  const Vec<float> result =
+      p * reinterpret_cast<Vec<float>>((k1 + 127) << 23) * reinterpret_cast<Vec<float>>((k2 + 127) << 23);
+  return x < low ? Vec<float>{} : x > high ? splat(__builtin_inff()) : result;
+}
+FASTPOSE_INLINE Vec<double> exp(Vec<double> x) {
+  const Vec<double> low = splat(-708.0), high = splat(709.7);
+  Vec<double> t = x < low ? low : x;
+  t = t > high ? high : t;
+  const Vec<double> magic = splat(6755399441055744.0);
+  const Vec<double> n = (t * 1.4426950408889634074 + magic) - magic;
+  const Vec<double> r = (t - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
+  // Taylor series to degree 13: the remainder is below 1e-17 for |r| <= ln2 / 2
+  Vec<double> p = splat(1.0 / 6227020800.0);
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  const IntVec<double> k = __builtin_convertvector(n == n ? n : Vec<double>{}, IntVec<double>);
+  const IntVec<double> k1 = k >> 1, k2 = k - k1;
+  const Vec<double> result =
+      p * reinterpret_cast<Vec<double>>((k1 + 1023) << 52) * reinterpret_cast<Vec<double>>((k2 + 1023) << 52);
+  return x < low ? Vec<double>{} : x > high ? splat(__builtin_inf()) : result;
+}
+
+// Activations. Comparisons are written so that NaN stays NaN. The activation is a template argument wherever it sits in
+// an inner loop: a run-time switch there costs registers for constants that are not used.
+template <Activation kAct, class A>
+FASTPOSE_INLINE Vec<A> activate(Vec<A> x) {
+  switch (kAct) {
+    case Activation::kRelu: return x < Vec<A>{} ? Vec<A>{} : x;
+    case Activation::kHardswish: {
+      const Vec<A> six = splat(A(6));
+      Vec<A> gate = x + A(3);
+      gate = gate < Vec<A>{} ? Vec<A>{} : gate;
+      gate = gate > six ? six : gate;
+      return x * gate * (A(1) / A(6));
+    }
+    case Activation::kSilu: return x / (A(1) + exp(-x));
+    default: return x;
+  }
+}
+
+// Derivative of the activation at x. At the kinks it takes PyTorch's values.
+template <class A>
+FASTPOSE_INLINE Vec<A> activation_slope(Vec<A> x, Activation act) {
+  const Vec<A> zero{}, one = splat(A(1));
+  switch (act) {
+    case Activation::kRelu: return x > zero ? one : zero;
+    case Activation::kHardswish: {
+      const Vec<A> slope = x * (A(1) / A(3)) + A(0.5);
+      return x <= splat(A(-3)) ? zero : x >= splat(A(3)) ? one : slope;
+    }
+    case Activation::kSilu: {
+      const Vec<A> s = one / (one + exp(-x));
+      return s * (one + x * (one - s));
+    }
+    default: return one;
+  }
+}
+
+}  // namespace
+}  // namespace FASTPOSE_ISA
+}  // namespace fastpose

@@ -1,0 +1,28 @@
+"""fastpose: human pose estimation that is small, fast and easy to install."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("fastpose")
+except PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "0.0.0"
+
+from fastpose.images import ImageError
+from fastpose.models import create_model, list_models
+from fastpose.ops import set_fused, use_fused
+from fastpose.pipeline import BoxError, PoseEstimator
+from fastpose.poses import Poses
+from fastpose.skeletons import Skeleton, get_skeleton
+
+__all__ = [
+    "BoxError",
+    "ImageError",
+    "PoseEstimator",
+    "Poses",
+    "Skeleton",
+    "create_model",
+    "get_skeleton",
+    "list_models",
+    "set_fused",
+    "use_fused",
+]

@@ -1,0 +1,5 @@
+import sys
+
+from fastpose.cli import main
+
+sys.exit(main())

@@ -1,0 +1,226 @@
+"""The command line: ``fastpose predict | train | export | info``.
+
+Exit codes: 0 all done, 2 bad input (what could be done was done), 1 anything unexpected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"fastpose: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("fastpose: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastpose", description="Small and fast human pose estimation.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    p = commands.add_parser("predict", help="find people's keypoints in images")
+    p.add_argument("sources", nargs="+", metavar="SOURCE", help="image file, folder or glob pattern")
+    p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
+    p.add_argument("--weights", default="default", help="'default' or a .safetensors file (default: %(default)s)")
+    p.add_argument("--boxes", metavar="FILE", help="JSON with person boxes by file name; instead of a detector")
+    p.add_argument(
+        "--detector",
+        default="auto",
+        choices=("auto", "hog", "none"),
+        help="hog: OpenCV's people detector; none: each image is one person; auto: hog, else the whole image",
+    )
+    p.add_argument("--output", metavar="DIR", default="poses", help="folder for results (default: %(default)s)")
+    p.add_argument("--json", metavar="FILE", help="results file (default: DIR/poses.json)")
+    p.add_argument("--save-images", action="store_true", help="write drawn images too (a single image always is)")
+    p.add_argument("--threshold", type=float, default=0.05, help="least keypoint score to draw (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass: twice as fast, less accurate")
+    p.add_argument("--quiet", action="store_true", help="print errors only")
+    p.set_defaults(run=_predict)
+
+    p = commands.add_parser("train", help="train a network")
+    p.add_argument("--config", metavar="FILE", help="recipe: a TOML file, or the name of a shipped one")
+    p.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    p.set_defaults(run=_train)
+
+    p = commands.add_parser("export", help="write a network for deployment")
+    p.add_argument("--format", choices=("torchscript",), default="torchscript")
+    p.add_argument("--model", default="mobileposenet")
+    p.add_argument("--weights", default="default")
+    p.add_argument("--fused", action="store_true", help="use fastpose's kernels; the file then needs fastpose to load")
+    p.add_argument("output", metavar="FILE", help="e.g. mobileposenet.pt")
+    p.set_defaults(run=_export)
+
+    p = commands.add_parser("info", help="versions, processor, and which kernels are used")
+    p.add_argument("--json", action="store_true", help="as JSON")
+    p.set_defaults(run=_info)
+    return parser
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from fastpose.boxes import read_boxes
+    from fastpose.files import write_atomically
+    from fastpose.images import find_images, read_image
+    from fastpose.pipeline import PoseEstimator
+
+    errors: list[dict[str, str]] = []
+
+    def report(name: object, error: object) -> None:
+        errors.append({"file": str(name), "error": str(error)})
+        tqdm.write(f"fastpose: error: {error}", file=sys.stderr)
+
+    paths: list[Path] = []
+    for source in options.sources:
+        try:
+            paths += find_images(source)
+        except ValueError as error:
+            report(source, error)
+    paths = list(dict.fromkeys(paths))
+    boxes = read_boxes(options.boxes) if options.boxes else None
+    estimator = PoseEstimator(
+        options.model,
+        options.weights,
+        detector="none" if boxes is not None else options.detector,
+        device=options.device,
+        batch_size=options.batch_size,
+        flip_test=False if options.no_flip_test else None,
+    )
+    if estimator.notice and paths and not options.quiet:
+        print(f"fastpose: {estimator.notice}", file=sys.stderr)
+
+    output = Path(options.output)
+    save_images = options.save_images or len(paths) == 1
+    result: dict[str, Any] = {
+        "info": {"model": options.model, "weights": str(options.weights)},
+        "images": [],
+        "annotations": [],
+        "categories": [
+            {
+                "id": 1,
+                "name": "person",
+                "keypoints": list(estimator.skeleton.names),
+                "skeleton": [[a + 1, b + 1] for a, b in estimator.skeleton.links],
+            }
+        ],
+        "errors": errors,
+    }
+    progress = tqdm(total=len(paths), unit="image", disable=options.quiet or len(paths) < 20)
+    for chunk in _chunks(paths, 16):
+        images, names, given = [], [], []
+        for path in chunk:
+            try:
+                image = read_image(path)
+                entry = None
+                if boxes is not None:
+                    entry = boxes.get(str(path), boxes.get(path.name))
+                    if entry is None:
+                        raise ValueError(f"{path}: not in {options.boxes}")
+            except ValueError as error:
+                report(path, error)
+                continue
+            images.append(image)
+            names.append(path)
+            given.append(entry)
+        for path, image, poses in _estimate(estimator, names, images, given, report):
+            image_id = len(result["images"]) + 1
+            height, width = poses.image_size
+            result["images"].append({"id": image_id, "file_name": str(path), "width": width, "height": height})
+            for annotation in poses.to_coco(image_id):
+                annotation["id"] = len(result["annotations"]) + 1
+                result["annotations"].append(annotation)
+            if not options.quiet and len(paths) < 20:
+                best = f", best score {poses.scores.max():.2f}" if len(poses) else ""
+                print(f"{path}: {len(poses)} {'person' if len(poses) == 1 else 'people'}{best}")
+            if save_images:
+                target = output / f"{path.stem}_pose.png"
+                if any(path.stem == other.stem and path != other for other in paths):
+                    target = output / f"{image_id:06d}_{path.stem}_pose.png"
+                poses.save(target, image, options.threshold)
+        progress.update(len(chunk))
+    progress.close()
+
+    json_path = Path(options.json) if options.json else output / "poses.json"
+    if result["images"] or not errors:
+        write_atomically(json_path, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
+        if not options.quiet:
+            drawn = f", drawn images in {output}/" if save_images else ""
+            print(f"{len(result['annotations'])} poses in {len(result['images'])} images -> {json_path}{drawn}")
+    if errors:
+        print(f"fastpose: {len(errors)} of {len(errors) + len(result['images'])} inputs failed", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def _estimate(
+    estimator: Any, names: list[Path], images: list[Any], boxes: list[Any], report: Any
+) -> Iterator[tuple[Path, Any, Any]]:
+    """Poses of a chunk; if one image's boxes are bad, the others are still done."""
+    try:
+        yield from zip(names, images, estimator.estimate(images, boxes), strict=True)
+    except ValueError:
+        for name, image, entry in zip(names, images, boxes, strict=True):
+            try:
+                yield name, image, estimator.estimate([image], [entry])[0]
+            except ValueError as error:
+                report(name, f"{name}: {error}")
+
+
+def _chunks(items: list[Path], size: int) -> Iterator[list[Path]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _train(options: argparse.Namespace) -> int:
+    from importlib import resources
+
+    from fastpose.config import read_config
+    from fastpose.train import TrainConfig, train
+
+    config_path = options.config
+    if config_path and not Path(config_path).is_file():
+        shipped = resources.files("fastpose.recipes").joinpath(f"{config_path}.toml")
+        if shipped.is_file():
+            config_path = str(shipped)
+    best = train(read_config(TrainConfig, config_path, options.settings), options.resume, options.quiet)
+    print(f"best validation PCK@0.2: {best:.1f}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fastpose.checkpoints import read_info, resolve_weights
+    from fastpose.export import export_torchscript
+    from fastpose.models import create_model
+
+    model = create_model(options.model, weights=options.weights)
+    size = read_info(resolve_weights(options.weights, options.model)).input_size
+    worst = export_torchscript(model, options.output, size, options.fused)
+    needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
+    print(f"{options.output}: {needs}; largest difference {worst:.1e} of the maximum")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from fastpose.info import collect, to_text
+
+    report = collect()
+    print(json.dumps(report, indent=1) if options.json else to_text(report))
+    return 0

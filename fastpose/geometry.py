@@ -1,0 +1,96 @@
+"""Boxes, affine crops and the maps between image, crop and heatmap coordinates.
+
+Conventions, used everywhere: points are (x, y) in pixels; integer coordinates are pixel *centres*, so the centre of the
+top left pixel is (0, 0). Sizes are (height, width). Boxes are xyxy. An affine map is a float64 [2, 3] matrix that takes
+(x, y, 1) to (x', y').
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def crop_matrix(
+    box: Array,
+    size: tuple[int, int],
+    padding: float,
+    *,
+    rotation: float = 0.0,
+    scale: float = 1.0,
+    shift: tuple[float, float] = (0.0, 0.0),
+    mirror: bool = False,
+) -> Array:
+    """Affine map from image pixels to the pixels of the crop around `box`.
+
+    The crop has the aspect ratio of `size`; it is the smallest such rectangle that holds the box, enlarged by
+    `padding` and centred on the box. The remaining arguments are for augmentation.
+
+    Args:
+        box: [4] xyxy, image pixels.
+        size: (height, width) of the crop in pixels.
+        padding: factor on the side of the rectangle, e.g. 1.25.
+        rotation: degrees; positive turns the image content counter-clockwise.
+        scale: further factor on the size of the rectangle (above 1 the person gets smaller).
+        shift: (x, y) displacement of the rectangle's centre in units of its width.
+        mirror: exchange left and right in the crop.
+
+    Returns:
+        float64 [2, 3]; the centre of the box maps to the centre of the crop ((w - 1) / 2, (h - 1) / 2).
+    """
+    height, width = size
+    x1, y1, x2, y2 = (float(v) for v in box)
+    aspect = width / height
+    box_w = max(x2 - x1, (y2 - y1) * aspect, 1e-3) * padding * scale
+    centre_x = (x1 + x2) / 2 + shift[0] * box_w
+    centre_y = (y1 + y2) / 2 + shift[1] * box_w
+    zoom = width / box_w
+    angle = np.deg2rad(rotation)
+    cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
+    linear = np.array([[cos, sin], [-sin, cos]])
+    if mirror:
+        linear[0] = -linear[0]
+    offset = np.array([(width - 1) / 2, (height - 1) / 2]) - linear @ [centre_x, centre_y]
+    return np.concatenate([linear, offset[:, None]], axis=1)
+
+
+def invert_affine(matrix: Array) -> Array:
+    """Inverse of affine maps, [..., 2, 3] -> [..., 2, 3]."""
+    linear = np.linalg.inv(matrix[..., :2])
+    return np.concatenate([linear, -linear @ matrix[..., 2:]], axis=-1)
+
+
+def apply_affine(matrix: Array, points: Array) -> Array:
+    """Map points [..., N, 2] by matrices [..., 2, 3]; float64 [..., N, 2]."""
+    return np.asarray(points @ np.swapaxes(matrix[..., :2], -1, -2) + np.swapaxes(matrix[..., 2:], -1, -2))
+
+
+def warp_crop(image: Array, matrix: Array, size: tuple[int, int]) -> Array:
+    """Crop `image` (uint8 [H, W, 3]) by the affine `matrix`; pixels outside the image are black.
+
+    Bilinear sampling takes four source pixels, whatever the scale. Where the crop shrinks the image by more than half
+    as much again, the part of the image under the crop is first reduced by area averaging, so that nothing aliases.
+    """
+    import cv2
+
+    height, width = size
+    zoom = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
+    if zoom < 1 / 1.5:
+        corners = np.array([[-1, -1], [width, -1], [width, height], [-1, height]], np.float64)
+        corners = apply_affine(invert_affine(matrix), corners)
+        x1, y1 = np.maximum(np.floor(corners.min(0)).astype(int), 0)
+        x2, y2 = np.minimum(np.ceil(corners.max(0)).astype(int) + 1, [image.shape[1], image.shape[0]])
+        if x2 - x1 < 1 or y2 - y1 < 1:
+            return np.zeros((height, width, 3), np.uint8)
+        part = image[y1:y2, x1:x2]
+        small = (max(1, round(part.shape[1] * zoom)), max(1, round(part.shape[0] * zoom)))
+        image = cv2.resize(part, small, interpolation=cv2.INTER_AREA)
+        # full-resolution pixel x is at (x - x1 + 0.5) * ratio - 0.5 of the reduced part
+        ratio = np.array([small[0] / part.shape[1], small[1] / part.shape[0]])
+        back = np.array([[1 / ratio[0], 0, x1 - 0.5 + 0.5 / ratio[0]], [0, 1 / ratio[1], y1 - 0.5 + 0.5 / ratio[1]]])
+        matrix = matrix @ np.concatenate([back, [[0, 0, 1]]])
+    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR)

@@ -1,0 +1,230 @@
+"""`PoseEstimator`: images in, poses out.
+
+image -> boxes (given or detected) -> crops of all images batched through the network -> heatmap decoding -> original
+pixels -> rescoring -> one OKS-NMS call for all images -> `Poses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastpose.checkpoints import WeightsInfo, read_info, resolve_weights
+from fastpose.detect import Detector, make_detector
+from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
+from fastpose.images import Array, to_rgb
+from fastpose.models import create_model
+from fastpose.ops import oks_nms, rescore
+from fastpose.poses import Poses
+from fastpose.preprocess import normalize
+from fastpose.skeletons import Skeleton, get_skeleton
+
+
+class BoxError(ValueError):
+    """Boxes that cannot be used; the message says which and why."""
+
+
+class PoseEstimator:
+    """Find people's keypoints in images.
+
+    Args:
+        model: network name, see `fastpose.list_models`.
+        weights: ``"default"`` (shipped with the package) or the path of a fastpose ``.safetensors`` file. Input size,
+            crop rule, decoder and skeleton come from its metadata.
+        detector: where boxes come from when none are given: ``"auto"`` (OpenCV's HOG people detector, or the whole image
+            where it finds nobody or is not installed), ``"hog"``, ``"none"`` (the whole image) or a callable
+            ``image -> boxes [P, 4] xyxy`` or ``-> (boxes, scores)``.
+        device: where the network runs, e.g. ``"cpu"`` or ``"cuda"``; default CPU.
+        batch_size: crops per forward pass.
+        flip_test: average with the mirrored crop: more accurate, twice the work. None: as the weights recommend.
+        nms: suppression of duplicates among detected people: ``"hard"``, ``"soft"``, ``"parallel"`` or ``"none"``;
+            nms_threshold: see `fastpose.ops.oks_nms`. Given boxes are never suppressed.
+        keypoint_threshold: keypoints that score less count neither for the instance score nor for OKS.
+        channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: unknown model or detector, weights missing or unfit.
+    """
+
+    def __init__(
+        self,
+        model: str = "mobileposenet",
+        weights: str | Path = "default",
+        *,
+        detector: str | Detector | None = "auto",
+        device: str | torch.device | None = None,
+        batch_size: int = 32,
+        flip_test: bool | None = None,
+        nms: str = "hard",
+        nms_threshold: float | None = None,
+        keypoint_threshold: float = 0.1,
+        channel_order: str = "rgb",
+    ) -> None:
+        if channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
+        if nms not in ("hard", "soft", "parallel", "none"):
+            raise ValueError(f"nms must be 'hard', 'soft', 'parallel' or 'none', got {nms!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model_name = model
+        self.device = torch.device("cpu" if device is None else device)
+        network = create_model(model, weights=weights)
+        self.info: WeightsInfo = read_info(resolve_weights(weights, model))
+        self.skeleton: Skeleton = get_skeleton(self.info.skeleton)
+        self.model: nn.Module = network.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.detector, self.notice = make_detector(detector)
+        self.batch_size = batch_size
+        self.flip_test = self.info.flip_test if flip_test is None else flip_test
+        self.nms, self.nms_threshold = nms, nms_threshold
+        self.keypoint_threshold = keypoint_threshold
+        self.channel_order = channel_order
+
+    @overload
+    def __call__(self, images: list[Any] | tuple[Any, ...], boxes: Sequence[Any] | None = None) -> list[Poses]: ...
+    @overload
+    def __call__(self, images: Any, boxes: Any = None) -> Poses: ...
+    def __call__(self, images: Any, boxes: Any = None) -> Poses | list[Poses]:
+        """Poses in one image, or in each of a list of images (crops are batched across the list).
+
+        Args:
+            images: a path, a uint8 array [H, W, 3] (RGB, or as `channel_order` says; grey, RGBA and uint16 are
+                converted), a PIL image, a tensor, or a list of those.
+            boxes: [P, 4] xyxy in pixels for one image, a list of such for a list (an element may be None: detect).
+                All given boxes are kept, in order.
+
+        Raises:
+            ImageError: an image that cannot be used. BoxError: boxes that are not finite, are inverted or lie outside
+            the image. Both are ValueErrors.
+        """
+        single = not isinstance(images, (list, tuple))
+        image_list = [images] if single else list(images)
+        box_list = [boxes] if single else [None] * len(image_list) if boxes is None else list(boxes)
+        if len(box_list) != len(image_list):
+            raise BoxError(f"boxes must be a list of one entry per image, {len(image_list)}, got {len(box_list)}")
+        arrays = [to_rgb(image, self.channel_order) for image in image_list]
+        results = self.estimate(arrays, box_list)
+        return results[0] if single else results
+
+    def estimate(self, images: list[Array], boxes: Sequence[Any]) -> list[Poses]:
+        """The same for RGB arrays [H, W, 3] and one entry of boxes (or None) per image."""
+        found = [self._boxes(image, given) for image, given in zip(images, boxes, strict=True)]
+        counts = [len(b) for b, _, _ in found]
+        index = np.repeat(np.arange(len(images)), counts)
+        all_boxes = np.concatenate([b for b, _, _ in found]) if found else np.zeros((0, 4), np.float32)
+        box_scores = np.concatenate([s for _, s, _ in found]) if found else np.zeros(0, np.float32)
+        given = np.repeat([g for _, _, g in found], counts).astype(bool)
+
+        keypoints, keypoint_scores = self._keypoints(images, all_boxes, index)
+        scores = rescore(
+            torch.from_numpy(keypoint_scores), torch.from_numpy(box_scores), self.keypoint_threshold
+        ).numpy()
+        keep = np.ones(len(index), bool)
+        if self.nms != "none" and not given.all():
+            scores, keep = self._suppress(keypoints, keypoint_scores, scores, all_boxes, index, given)
+
+        results = []
+        for i, image in enumerate(images):
+            chosen = np.flatnonzero((index == i) & keep)
+            if len(chosen) and not given[chosen[0]]:  # detected people: best first
+                chosen = chosen[np.argsort(-scores[chosen], kind="stable")]
+            size = (image.shape[0], image.shape[1])
+            results.append(
+                Poses(
+                    keypoints[chosen], keypoint_scores[chosen], all_boxes[chosen], scores[chosen], size, self.skeleton
+                )
+            )
+        return results
+
+    def _boxes(self, image: Array, given: Any) -> tuple[Array, Array, bool]:
+        if given is not None:
+            checked = check_boxes(given, image.shape[0], image.shape[1])
+            return checked, np.ones(len(checked), np.float32), True
+        result = self.detector(image)
+        found, scores = result if isinstance(result, tuple) else (result, None)
+        checked = check_boxes(found, image.shape[0], image.shape[1], "the detector's boxes")
+        if scores is None:
+            return checked, np.ones(len(checked), np.float32), False
+        scores = np.asarray(scores, np.float32).reshape(-1)
+        if len(scores) != len(checked):
+            raise BoxError(f"the detector returned {len(checked)} boxes and {len(scores)} scores")
+        return checked, scores, False
+
+    def _keypoints(self, images: list[Array], boxes: Array, index: Array) -> tuple[Array, Array]:
+        k, size = self.skeleton.num_keypoints, self.info.input_size
+        keypoints = np.zeros((len(boxes), k, 2), np.float32)
+        scores = np.zeros((len(boxes), k), np.float32)
+        matrices = [crop_matrix(box, size, self.info.padding) for box in boxes]
+        for start in range(0, len(boxes), self.batch_size):
+            part = slice(start, min(start + self.batch_size, len(boxes)))
+            crops = np.stack(
+                [warp_crop(images[i], m, size) for i, m in zip(index[part], matrices[part], strict=True)]
+            )
+            batch = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
+            points, point_scores = estimate_crops(self.model, batch, self.info, self.flip_test)
+            back = invert_affine(np.stack(matrices[part]))
+            keypoints[part] = apply_affine(back, points.cpu().numpy().astype(np.float64))
+            scores[part] = point_scores.cpu().numpy()
+        return keypoints, scores
+
+    def _suppress(
+        self, keypoints: Array, keypoint_scores: Array, scores: Array, boxes: Array, index: Array, given: Array
+    ) -> tuple[Array, Array]:
+        new_scores, keep = oks_nms(
+            torch.from_numpy(keypoints),
+            torch.from_numpy(keypoint_scores),
+            torch.from_numpy(scores),
+            torch.from_numpy((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])),
+            torch.tensor(self.skeleton.sigmas),
+            image_index=torch.from_numpy(index),
+            method=self.nms,
+            threshold=self.nms_threshold,
+            keypoint_threshold=self.keypoint_threshold,
+        )
+        return np.where(given, scores, new_scores.numpy()), given | keep.numpy()
+
+
+@torch.inference_mode()
+def estimate_crops(model: nn.Module, crops: Tensor, info: WeightsInfo, flip_test: bool) -> tuple[Tensor, Tensor]:
+    """Keypoints [B, K, 2] in crop pixels and scores [B, K] from uint8 RGB crops [B, 3, h, w]."""
+    x = normalize(crops).contiguous(memory_format=torch.channels_last)
+    probabilities = info.codec.probabilities(model(x))
+    if flip_test:
+        order = get_skeleton(info.skeleton).flip_indices
+        mirrored = info.codec.probabilities(model(x.flip(3)))
+        # heatmap cells lie symmetrically in the crop, so mirroring needs no shift
+        probabilities = (probabilities + mirrored.flip(3)[:, order]) / 2
+    return info.codec.decode(probabilities)
+
+
+def check_boxes(boxes: Any, height: int, width: int, what: str = "boxes") -> Array:
+    """`boxes` as float32 [P, 4].
+
+    Raises:
+        BoxError: not [P, 4] numbers, not finite, inverted or empty, or without overlap with the image.
+    """
+    if hasattr(boxes, "detach"):
+        boxes = boxes.detach().cpu().numpy()
+    try:
+        array = np.asarray(boxes, np.float32)
+    except (TypeError, ValueError):
+        raise BoxError(f"{what} must be numbers [P, 4] (x1, y1, x2, y2), got {boxes!r:.80}") from None
+    if array.size == 0:
+        return np.zeros((0, 4), np.float32)
+    if array.ndim == 1 and array.shape[0] == 4:
+        array = array[None]
+    if array.ndim != 2 or array.shape[1] != 4:
+        raise BoxError(f"{what} must be [P, 4] (x1, y1, x2, y2), got {list(array.shape)}")
+    for i, (x1, y1, x2, y2) in enumerate(array.tolist()):
+        text = f"{what}: box {i} ({x1:g}, {y1:g}, {x2:g}, {y2:g})"
+        if not np.isfinite(array[i]).all():
+            raise BoxError(f"{text} is not finite")
+        if x2 <= x1 or y2 <= y1:
+            raise BoxError(f"{text} is inverted or empty; expected x1 < x2 and y1 < y2")
+        if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+            raise BoxError(f"{text} lies outside the image of {width} x {height} pixels")
+    return array

@@ -1,0 +1,202 @@
+"""Skeletons: what the keypoints of a data set are called, how they are drawn, mirrored and scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The keypoints of one annotation scheme.
+
+    Attributes:
+        name: identifier, e.g. ``"coco17"``.
+        names: keypoint names in storage order; left and right are the person's own.
+        links: pairs of keypoint indices joined by a line when drawn.
+        flip_pairs: pairs of indices that change places when the image is mirrored.
+        sigmas: per-keypoint standard deviations of the annotation, relative to the square root of the object's area
+            (the COCO ``sigmas``; OKS uses ``(2 * sigma) ** 2 * area`` in its denominator).
+    """
+
+    name: str
+    names: tuple[str, ...]
+    links: tuple[tuple[int, int], ...]
+    flip_pairs: tuple[tuple[int, int], ...]
+    sigmas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        k = len(self.names)
+        if len(set(self.names)) != k:
+            raise ValueError(f"skeleton {self.name!r}: keypoint names must be unique, got {self.names}")
+        if len(self.sigmas) != k:
+            raise ValueError(f"skeleton {self.name!r}: expected {k} sigmas, one per keypoint, got {len(self.sigmas)}")
+        if any(s <= 0 for s in self.sigmas):
+            raise ValueError(f"skeleton {self.name!r}: sigmas must be positive, got {self.sigmas}")
+        for what, pairs in (("links", self.links), ("flip_pairs", self.flip_pairs)):
+            for a, b in pairs:
+                if not (0 <= a < k and 0 <= b < k and a != b):
+                    raise ValueError(
+                        f"skeleton {self.name!r}: {what} must hold two different indices below {k}, got {(a, b)}"
+                    )
+        flat = [i for pair in self.flip_pairs for i in pair]
+        if len(set(flat)) != len(flat):
+            raise ValueError(f"skeleton {self.name!r}: a keypoint occurs twice in flip_pairs {self.flip_pairs}")
+
+    @property
+    def num_keypoints(self) -> int:
+        """Number of keypoints K."""
+        return len(self.names)
+
+    @property
+    def flip_indices(self) -> list[int]:
+        """Permutation p of length K: keypoint i of a mirrored image is keypoint ``p[i]`` of the original."""
+        perm = list(range(self.num_keypoints))
+        for a, b in self.flip_pairs:
+            perm[a], perm[b] = b, a
+        return perm
+
+
+COCO17 = Skeleton(
+    name="coco17",
+    names=(
+        "nose",
+        "left_eye",
+        "right_eye",
+        "left_ear",
+        "right_ear",
+        "left_shoulder",
+        "right_shoulder",
+        "left_elbow",
+        "right_elbow",
+        "left_wrist",
+        "right_wrist",
+        "left_hip",
+        "right_hip",
+        "left_knee",
+        "right_knee",
+        "left_ankle",
+        "right_ankle",
+    ),
+    links=(
+        (15, 13),
+        (13, 11),
+        (16, 14),
+        (14, 12),
+        (11, 12),
+        (5, 11),
+        (6, 12),
+        (5, 6),
+        (5, 7),
+        (6, 8),
+        (7, 9),
+        (8, 10),
+        (1, 2),
+        (0, 1),
+        (0, 2),
+        (1, 3),
+        (2, 4),
+        (3, 5),
+        (4, 6),
+    ),
+    flip_pairs=((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16)),
+    # fmt: off
+    sigmas=(0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062,
+            0.107, 0.107, 0.087, 0.087, 0.089, 0.089),
+    # fmt: on
+)
+
+LSP14 = Skeleton(
+    name="lsp14",
+    names=(
+        "right_ankle",
+        "right_knee",
+        "right_hip",
+        "left_hip",
+        "left_knee",
+        "left_ankle",
+        "right_wrist",
+        "right_elbow",
+        "right_shoulder",
+        "left_shoulder",
+        "left_elbow",
+        "left_wrist",
+        "neck",
+        "head_top",
+    ),
+    links=(
+        (0, 1),
+        (1, 2),
+        (2, 3),
+        (3, 4),
+        (4, 5),
+        (6, 7),
+        (7, 8),
+        (8, 12),
+        (9, 12),
+        (9, 10),
+        (10, 11),
+        (12, 13),
+        (8, 2),
+        (9, 3),
+    ),
+    flip_pairs=((0, 5), (1, 4), (2, 3), (6, 11), (7, 10), (8, 9)),
+    # LSP defines none. Limbs take COCO's values; neck and head top take CrowdPose's, which has the same 14 keypoints.
+    # fmt: off
+    sigmas=(0.089, 0.087, 0.107, 0.107, 0.087, 0.089, 0.062, 0.072, 0.079, 0.079, 0.072, 0.062,
+            0.079, 0.079),
+    # fmt: on
+)
+
+MPII16 = Skeleton(
+    name="mpii16",
+    names=(
+        "right_ankle",
+        "right_knee",
+        "right_hip",
+        "left_hip",
+        "left_knee",
+        "left_ankle",
+        "pelvis",
+        "thorax",
+        "upper_neck",
+        "head_top",
+        "right_wrist",
+        "right_elbow",
+        "right_shoulder",
+        "left_shoulder",
+        "left_elbow",
+        "left_wrist",
+    ),
+    links=(
+        (0, 1),
+        (1, 2),
+        (2, 6),
+        (6, 3),
+        (3, 4),
+        (4, 5),
+        (6, 7),
+        (7, 8),
+        (8, 9),
+        (10, 11),
+        (11, 12),
+        (12, 7),
+        (7, 13),
+        (13, 14),
+        (14, 15),
+    ),
+    flip_pairs=((0, 5), (1, 4), (2, 3), (10, 15), (11, 14), (12, 13)),
+    # MPII is scored with PCKh and defines none. Limbs take COCO's values, the trunk and head CrowdPose's 0.079.
+    # fmt: off
+    sigmas=(0.089, 0.087, 0.107, 0.107, 0.087, 0.089, 0.107, 0.079, 0.079, 0.079,
+            0.062, 0.072, 0.079, 0.079, 0.072, 0.062),
+    # fmt: on
+)
+
+SKELETONS: dict[str, Skeleton] = {s.name: s for s in (COCO17, LSP14, MPII16)}
+
+
+def get_skeleton(name: str) -> Skeleton:
+    """Return the built-in skeleton called `name`; raises ValueError with the known names otherwise."""
+    if name not in SKELETONS:
+        raise ValueError(f"unknown skeleton {name!r}; known: {', '.join(SKELETONS)}")
+    return SKELETONS[name]
