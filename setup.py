@@ -71,7 +71,11 @@ def extensions():
     except ImportError:
         say("pybind11 is not installed in the build environment: `fastpose info` will lack processor details")
     else:
-        texts = {"FASTPOSE_VERSION": VERSION, "FASTPOSE_BUILD_TORCH": torch.__version__, "FASTPOSE_TORCH_TARGET": TORCH_TARGET}
+        texts = {
+            "FASTPOSE_VERSION": VERSION,
+            "FASTPOSE_BUILD_TORCH": torch.__version__,
+            "FASTPOSE_TORCH_TARGET": TORCH_TARGET,
+        }
         native = Pybind11Extension(
             "fastpose._native",
             ["csrc/native/module.cpp", "csrc/cpu/isa.cpp"],
@@ -94,7 +98,7 @@ def extensions():
                 if WISH == "1":
                     raise
                 last = str(error).strip().splitlines() or [type(error).__name__]
-                say(f"the kernels could not be compiled ({last[-1]}): installing without, see the compiler's output above")
+                say(f"the kernels could not be compiled ({last[-1]}): installing without; see the output above")
 
         def copy_extensions_to_source(self):
             try:

@@ -40,8 +40,8 @@ inline void check_ghost_cheap(const Tensor& x, const Tensor& weight, const std::
 
 // Returns the output height and width.
 inline std::pair<int64_t, int64_t> check_dw_upsample(const Tensor& x, const Tensor& weight,
-                                                     const std::optional<Tensor>& bias, int64_t stride,
-                                                     int64_t padding, int64_t output_padding) {
+                                                     const std::optional<Tensor>& bias, int64_t stride, int64_t padding,
+                                                     int64_t output_padding) {
   constexpr const char* op = "dw_upsample";
   FASTPOSE_CHECK(x.dim() == 4, op, ": x must be [B, C, H, W], got ", shape(x));
   check_floating(op, x);
@@ -51,19 +51,20 @@ inline std::pair<int64_t, int64_t> check_dw_upsample(const Tensor& x, const Tens
                  op, ": weight must be [C, 1, k, k] with C = x.size(1) = ", channels, ", got ", shape(weight));
   check_like(op, "weight", weight, x);
   if (bias) {
-    FASTPOSE_CHECK(bias->dim() == 1 && bias->size(0) == channels, op, ": bias must be [C] with C = x.size(1) = ",
-                   channels, ", got ", shape(*bias));
+    FASTPOSE_CHECK(bias->dim() == 1 && bias->size(0) == channels, op,
+                   ": bias must be [C] with C = x.size(1) = ", channels, ", got ", shape(*bias));
     check_like(op, "bias", *bias, x);
   }
   FASTPOSE_CHECK(stride >= 1, op, ": stride must be at least 1, got ", stride);
   FASTPOSE_CHECK(padding >= 0, op, ": padding must not be negative, got ", padding);
-  FASTPOSE_CHECK(output_padding >= 0 && output_padding < stride, op,
-                 ": output_padding must be in [0, stride) = [0, ", stride, "), got ", output_padding);
+  FASTPOSE_CHECK(output_padding >= 0 && output_padding < stride, op, ": output_padding must be in [0, stride) = [0, ",
+                 stride, "), got ", output_padding);
   const int64_t k = weight.size(2);
   const int64_t height = (x.size(2) - 1) * stride - 2 * padding + k + output_padding;
   const int64_t width = (x.size(3) - 1) * stride - 2 * padding + k + output_padding;
-  FASTPOSE_CHECK(height > 0 && width > 0, op, ": the output would be empty, ", height, " x ", width, ", for x ", shape(x),
-                 ", kernel size ", k, ", stride ", stride, ", padding ", padding, ", output_padding ", output_padding);
+  FASTPOSE_CHECK(height > 0 && width > 0, op, ": the output would be empty, ", height, " x ", width, ", for x ",
+                 shape(x), ", kernel size ", k, ", stride ", stride, ", padding ", padding, ", output_padding ",
+                 output_padding);
   return {height, width};
 }
 

@@ -33,8 +33,8 @@ template <class... Parts>
   (text << ... << parts);
   throw std::invalid_argument(text.str());
 }
-#define FASTPOSE_CHECK(condition, ...)             \
-  do {                                             \
+#define FASTPOSE_CHECK(condition, ...)               \
+  do {                                               \
     if (!(condition)) ::fastpose::fail(__VA_ARGS__); \
   } while (0)
 

@@ -11,9 +11,7 @@ from fastpose.files import write_atomically
 from fastpose.ops import set_fused, use_fused
 
 
-def export_torchscript(
-    model: nn.Module, path: str | Path, input_size: tuple[int, int], fused: bool = False
-) -> float:
+def export_torchscript(model: nn.Module, path: str | Path, input_size: tuple[int, int], fused: bool = False) -> float:
     """Script, freeze and save `model`; load the file again and compare.
 
     Args:
@@ -30,7 +28,7 @@ def export_torchscript(
     was_fused = use_fused()
     set_fused(model, fused)
     try:
-        model = model.eval().to(memory_format=torch.contiguous_format)
+        model = model.eval()
         x = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected = model(x)

@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     try:
-        from fastpose import _native
+        from fastpose import _native  # type: ignore[attr-defined]
     except ImportError as error:
         report["processor"] = platform.processor() or platform.machine()
         report["native module"] = f"not available: {error}"

@@ -5,12 +5,13 @@ checkpoint serves both paths. Batch norm is folded inside ``forward`` from the c
 stored, so nothing can be stale after a checkpoint load or a train/eval switch.
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations` here: TorchScript must see Final[...] itself, not its text
+
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.jit import Final
 
 from fastpose.ops import dw_upsample, use_fused
 
@@ -80,9 +81,7 @@ class DWUpsampleBNAct(nn.Module):
         self, channels: int, kernel_size: int = 4, stride: int = 2, padding: int = 1, act: str = "relu"
     ) -> None:
         super().__init__()
-        self.conv = nn.ConvTranspose2d(
-            channels, channels, kernel_size, stride, padding, groups=channels, bias=False
-        )
+        self.conv = nn.ConvTranspose2d(channels, channels, kernel_size, stride, padding, groups=channels, bias=False)
         self.bn = nn.BatchNorm2d(channels)
         self.activation = activation(act)
         self.act = act
@@ -95,18 +94,26 @@ class DWUpsampleBNAct(nn.Module):
             if self.training:
                 y = dw_upsample(x, self.conv.weight, None, "none", self.stride, self.padding)
                 return self.activation(self.bn(y))
-            weight, bias = fold_batch_norm(self.conv.weight, self.bn)
+            weight, bias = fold_batch_norm(
+                self.conv.weight, self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var, self.bn.eps
+            )
             return dw_upsample(x, weight, bias, self.act, self.stride, self.padding)
         return self.activation(self.bn(self.conv(x)))
 
 
-def fold_batch_norm(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def channels_last(module: nn.Module) -> nn.Module:
+    """Convert the module's parameters to channels-last, in which CPU convolutions run fastest; returns the module."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def fold_batch_norm(
+    weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """Weight and bias of a depthwise convolution with eval-mode batch norm folded in.
 
     `weight` is [C, 1, k, k] with one filter per *output* channel, which for a depthwise convolution, transposed or not,
-    is dimension 0; `bn` has C channels. Returns the scaled weight (same shape) and the bias [C].
+    is dimension 0; the batch norm's tensors are [C]. Returns the scaled weight (same shape) and the bias [C].
     """
-    var, mean, gamma, beta = bn.running_var, bn.running_mean, bn.weight, bn.bias
-    assert var is not None and mean is not None
-    scale = gamma * torch.rsqrt(var + bn.eps)
+    assert mean is not None and var is not None
+    scale = gamma * torch.rsqrt(var + eps)
     return weight * scale.view(-1, 1, 1, 1), beta - mean * scale

@@ -18,6 +18,7 @@ from fastpose.checkpoints import WeightsInfo, read_info, resolve_weights
 from fastpose.detect import Detector, make_detector
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
 from fastpose.images import Array, to_rgb
+from fastpose.layers import channels_last
 from fastpose.models import create_model
 from fastpose.ops import oks_nms, rescore
 from fastpose.poses import Poses
@@ -36,8 +37,8 @@ class PoseEstimator:
         model: network name, see `fastpose.list_models`.
         weights: ``"default"`` (shipped with the package) or the path of a fastpose ``.safetensors`` file. Input size,
             crop rule, decoder and skeleton come from its metadata.
-        detector: where boxes come from when none are given: ``"auto"`` (OpenCV's HOG people detector, or the whole image
-            where it finds nobody or is not installed), ``"hog"``, ``"none"`` (the whole image) or a callable
+        detector: where boxes come from when none are given: ``"auto"`` (OpenCV's HOG people detector, or the whole
+            image where it finds nobody or is not installed), ``"hog"``, ``"none"`` (the whole image) or a callable
             ``image -> boxes [P, 4] xyxy`` or ``-> (boxes, scores)``.
         device: where the network runs, e.g. ``"cpu"`` or ``"cuda"``; default CPU.
         batch_size: crops per forward pass.
@@ -76,7 +77,7 @@ class PoseEstimator:
         network = create_model(model, weights=weights)
         self.info: WeightsInfo = read_info(resolve_weights(weights, model))
         self.skeleton: Skeleton = get_skeleton(self.info.skeleton)
-        self.model: nn.Module = network.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = channels_last(network.to(self.device))
         self.detector, self.notice = make_detector(detector)
         self.batch_size = batch_size
         self.flip_test = self.info.flip_test if flip_test is None else flip_test
@@ -161,9 +162,7 @@ class PoseEstimator:
         matrices = [crop_matrix(box, size, self.info.padding) for box in boxes]
         for start in range(0, len(boxes), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(boxes)))
-            crops = np.stack(
-                [warp_crop(images[i], m, size) for i, m in zip(index[part], matrices[part], strict=True)]
-            )
+            crops = np.stack([warp_crop(images[i], m, size) for i, m in zip(index[part], matrices[part], strict=True)])
             batch = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
             points, point_scores = estimate_crops(self.model, batch, self.info, self.flip_test)
             back = invert_affine(np.stack(matrices[part]))

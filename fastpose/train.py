@@ -9,8 +9,8 @@ A run is described by a `TrainConfig` (a recipe file plus overrides) and lives i
 
 The randomness of a sample depends on the seed and the sample's number only, so a resumed run draws the same batches.
 
-Started by ``torchrun --nproc-per-node N -m fastpose train ...`` the run is data-parallel: every process takes its share of
-each batch. On a CPU, N processes of one thread are a third faster than one process of N threads.
+Started by ``torchrun --nproc-per-node N -m fastpose train ...`` the run is data-parallel: every process takes its
+share of each batch. On a CPU, N processes of one thread are a third faster than one process of N threads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -41,6 +42,7 @@ from fastpose.codecs import SoftmaxHeatmapCodec
 from fastpose.data import PoseData, load_lspet
 from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches
 from fastpose.files import write_atomically
+from fastpose.layers import channels_last
 from fastpose.metrics import pck, torso_lengths
 from fastpose.models import create_model
 from fastpose.preprocess import normalize
@@ -197,7 +199,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
     Raises:
         FileExistsError: the output folder holds a run and `resume` is false.
         FileNotFoundError: data set missing, or nothing to resume.
-        FloatingPointError: the loss became NaN or infinite; the batch is saved as ``nan_batch.pt`` in the output folder.
+        FloatingPointError: the loss became NaN or infinite; the batch is saved as ``nan_batch.pt`` in the output.
     """
     output = Path(config.output)
     last = output / "last.pt"
@@ -225,7 +227,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
     model = create_model(config.model, num_keypoints=skeleton.num_keypoints)
     if config.init:
         model = create_model(config.model, num_keypoints=skeleton.num_keypoints, weights=config.init).train()
-    model = model.to(memory_format=torch.channels_last)
+    model = channels_last(model)
     optimizer, average = Optimizer(model, config), Average(model, config.ema)
     step, best = 0, -1.0
     if resume:
@@ -312,7 +314,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
                     "step": step,
                     "best": best,
                 }
-                write_atomically(last, lambda path, state=state: torch.save(state, path))
+                write_atomically(last, functools.partial(torch.save, state))
                 started, images, losses = time.time(), 0, []
         if rank == 0:
             save_weights(output / "final.safetensors", average.state, info)
@@ -334,7 +336,7 @@ def validate(
 
     model = create_model(info.model, num_keypoints=info.num_keypoints)
     model.load_state_dict(state)
-    model.eval().to(memory_format=torch.channels_last)
+    channels_last(model.eval())
     store = CropStore(data, info.padding, side=max(info.input_size))
     dataset = CropDataset(store, info.input_size)
     predicted = []
@@ -344,9 +346,7 @@ def validate(
         predicted.append(estimate_crops(model, crops, info, flip)[0].numpy())
     # compared in crop pixels: the map from image to crop keeps ratios of lengths
     truth = np.stack([np.asarray(dataset[i][1]) for i in range(len(data))])
-    return pck(
-        np.concatenate(predicted), truth, data.labelled, torso_lengths(truth, data.labelled, data.skeleton)
-    )
+    return pck(np.concatenate(predicted), truth, data.labelled, torso_lengths(truth, data.labelled, data.skeleton))
 
 
 class _Log:

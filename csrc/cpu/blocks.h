@@ -56,8 +56,8 @@ FASTPOSE_INLINE void store_as(Half* p, Vec<float> v) {
 
 // ---- transposing a square of vectors: log2(lanes) perfect shuffles of its rows
 
-#define FASTPOSE_INTERLEAVE(A, N, LOW, HIGH)                                                        \
-  typedef A A##x##N __attribute__((vector_size(N * sizeof(A))));                                    \
+#define FASTPOSE_INTERLEAVE(A, N, LOW, HIGH)                                                                  \
+  typedef A A##x##N __attribute__((vector_size(N * sizeof(A))));                                              \
   FASTPOSE_INLINE A##x##N interleave_low(A##x##N a, A##x##N b) { return __builtin_shufflevector(a, b, LOW); } \
   FASTPOSE_INLINE A##x##N interleave_high(A##x##N a, A##x##N b) { return __builtin_shufflevector(a, b, HIGH); }
 #define FASTPOSE_LIST(...) __VA_ARGS__
@@ -144,7 +144,8 @@ FASTPOSE_INLINE void zero(A* p, int64_t pixels) {
   std::memset(p, 0, static_cast<size_t>(pixels) * FASTPOSE_VECTOR_BYTES);
 }
 
-// Rows [first, last) of one image and channel block into dst [rows][left + width + right][lane], zero outside the image.
+// Rows [first, last) of one image and channel block into dst [rows][left + width + right][lane], zero outside the
+// image.
 template <class T, class A>
 void gather_block(const View& x, int64_t n, int64_t c, int64_t channels, int64_t height, int64_t width, int64_t first,
                   int64_t last, int64_t left, int64_t right, A* dst) {
@@ -182,8 +183,8 @@ FASTPOSE_INLINE Vec<A> pixel_at(const Row<A>& row, int64_t w, int64_t width) {
   return load(p);
 }
 
-// Gives the rows of one image and channel block as vectors: from the tensor itself where it already has compute type and
-// whole vectors, else from a gathered copy of rows [first, last).
+// Gives the rows of one image and channel block as vectors: from the tensor itself where it already has compute type
+// and whole vectors, else from a gathered copy of rows [first, last).
 template <class T, class A>
 struct RowReader {
   const View& x;
@@ -193,8 +194,15 @@ struct RowReader {
 
   RowReader(const View& x_, int64_t n_, int64_t c_, int64_t channels, int64_t height_, int64_t width_, int64_t first_,
             int64_t last_, int slot)
-      : x(x_), n(n_), c(c_), first(std::max<int64_t>(first_, 0)), last(std::min(last_, height_)), height(height_),
-        width(width_), direct(std::is_same<T, A>::value && x_.c == 1 && channels == kLanes<A>), copy(nullptr) {
+      : x(x_),
+        n(n_),
+        c(c_),
+        first(std::max<int64_t>(first_, 0)),
+        last(std::min(last_, height_)),
+        height(height_),
+        width(width_),
+        direct(std::is_same<T, A>::value && x_.c == 1 && channels == kLanes<A>),
+        copy(nullptr) {
     if (direct) return;
     A* to = scratch<A>(slot, std::max<int64_t>(last - first, 1) * width * kLanes<A>);
     gather_block<T, A>(x, n, c, channels, height, width, first, last, 0, 0, to);
@@ -228,7 +236,8 @@ Vec<A> gather_bias(const T* bias, int64_t first, int64_t step, int64_t channels)
   return v;
 }
 
-// Gradient of the filters of a depthwise correlation: out[kh][kw] = sum over (h, w) of a[h][w] * b[h * s + kh][w * s + kw].
+// Gradient of the filters of a depthwise correlation:
+//   out[kh][kw] = sum over (h, w) of a[h][w] * b[h * s + kh][w * s + kw].
 template <class A>
 void filter_gradient(const A* a, int64_t a_row, const A* b, int64_t b_row, int64_t height, int64_t width, int64_t k,
                      int64_t s, A* out) {

@@ -1,10 +1,10 @@
 // Shared by ghost_cheap.cpp and dw_upsample.cpp: arguments, tasks, per-thread scratch.
 //
 // How both kernels work. A task is one image, one block of as many channels as a vector has lanes, and a band of rows.
-// The compute loops see rows of vectors in compute type (float; double for double), one vector per pixel, and write such
-// rows. Float channels-last tensors already are that and are read and written in place; anything else (half, bfloat16,
-// contiguous, strided, a last block of too few channels) is gathered into and scattered from scratch rows. So one compute
-// loop serves every dtype and layout, and a band's scratch stays in the first-level cache.
+// The compute loops see rows of vectors in compute type (float; double for double), one vector per pixel, and write
+// such rows. Float channels-last tensors already are that and are read and written in place; anything else (half,
+// bfloat16, contiguous, strided, a last block of too few channels) is gathered into and scattered from scratch rows. So
+// one compute loop serves every dtype and layout, and a band's scratch stays in the first-level cache.
 #pragma once
 
 #include <cstdint>

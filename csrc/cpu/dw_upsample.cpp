@@ -60,8 +60,7 @@ Tensor dw_upsample(const Tensor& x, const Tensor& weight, const std::optional<Te
   const String name(activation);
   const auto out = check_dw_upsample(x, weight, bias_, stride, padding, output_padding);
   const std::optional<Tensor> bias = dense(bias_);
-  DwUpsample a =
-      arguments(x, weight, bias, parse_activation("dw_upsample", name.view()), out, stride, padding);
+  DwUpsample a = arguments(x, weight, bias, parse_activation("dw_upsample", name.view()), out, stride, padding);
   Tensor y = empty({a.batch, a.channels, a.out_height, a.out_width}, !x.is_contiguous() && is_channels_last(x), x);
   if (y.numel() == 0) return y;
   a.y = View(y);
@@ -89,8 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> dw_upsample_backward(const Tensor& grad, cons
   const String name(activation);
   const auto out = check_dw_upsample(x, weight, bias_, stride, padding, output_padding);
   const std::optional<Tensor> bias = dense(bias_);
-  DwUpsample a =
-      arguments(x, weight, bias, parse_activation("dw_upsample", name.view()), out, stride, padding);
+  DwUpsample a = arguments(x, weight, bias, parse_activation("dw_upsample", name.view()), out, stride, padding);
   check_gradient("dw_upsample_backward", grad, x, a.channels, a.out_height, a.out_width);
   Tensor dx = empty({a.batch, a.channels, a.height, a.width}, !x.is_contiguous() && is_channels_last(x), x);
   Tensor dweight = empty({a.channels, 1, a.k, a.k}, false, x);

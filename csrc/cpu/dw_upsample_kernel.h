@@ -7,9 +7,10 @@ namespace fastpose {
 namespace FASTPOSE_ISA {
 namespace {
 
-// Kernel 4, stride 2, padding 1: every output pixel sees exactly 2 x 2 taps. With oy = 2 ih - 1 + kh, output row 2h takes
-// taps 1 and 3 of input rows h and h - 1, output row 2h + 1 takes taps 2 and 0 of rows h and h + 1; columns likewise.
-// A tile is N input pixels of row h: 2 x 2N outputs, all accumulators in registers, every input loaded once per row.
+// Kernel 4, stride 2, padding 1: every output pixel sees exactly 2 x 2 taps. With oy = 2 ih - 1 + kh, output row 2h
+// takes taps 1 and 3 of input rows h and h - 1, output row 2h + 1 takes taps 2 and 0 of rows h and h + 1; columns
+// likewise. A tile is N input pixels of row h: 2 x 2N outputs, all accumulators in registers, every input loaded once
+// per row.
 template <Activation kAct, bool kStream, bool kEdge, int N, class A>
 FASTPOSE_INLINE void upsample_tile(const Row<A> (&rows)[3], int64_t w, int64_t width, const A* f, Vec<A> bias, A* dst0,
                                    A* dst1, int64_t pixel) {

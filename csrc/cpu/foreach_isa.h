@@ -1,16 +1,17 @@
 // Includes the file named by FASTPOSE_KERNEL_FILE once per instruction set level, each time in its own namespace
 // (FASTPOSE_ISA) and compiled for that level. No include guard, on purpose.
 //
-// Rules for a kernel file: everything inside namespace fastpose::FASTPOSE_ISA; standard headers are included before this
-// file, so that no library function is compiled for the wrong machine; no lambdas (compilers disagree on whether they
-// inherit the target); vectors come from cpu/vec.h.
+// Rules for a kernel file: everything inside namespace fastpose::FASTPOSE_ISA; standard headers are included before
+// this file, so that no library function is compiled for the wrong machine; no lambdas (compilers disagree on whether
+// they inherit the target); vectors come from cpu/vec.h.
 
 #if defined(__x86_64__) && defined(__clang__)
 #define FASTPOSE_TARGET_AVX2 \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
-#define FASTPOSE_TARGET_AVX512                                                                                  \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), " \
-          "apply_to = function)")
+#define FASTPOSE_TARGET_AVX512                                                                               \
+  _Pragma(                                                                                                   \
+      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), " \
+      "apply_to = function)")
 #define FASTPOSE_TARGET_END _Pragma("clang attribute pop")
 #elif defined(__x86_64__)
 #define FASTPOSE_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
@@ -43,12 +44,10 @@ FASTPOSE_TARGET_AVX512
 FASTPOSE_TARGET_END
 
 // FASTPOSE_CALL(function, arguments): calls the function of the level in use.
-#define FASTPOSE_CALL(function, ...)                            \
-  (::fastpose::isa() == ::fastpose::Isa::kAvx512                \
-       ? ::fastpose::avx512::function(__VA_ARGS__)              \
-       : ::fastpose::isa() == ::fastpose::Isa::kAvx2            \
-             ? ::fastpose::avx2::function(__VA_ARGS__)          \
-             : ::fastpose::baseline::function(__VA_ARGS__))
+#define FASTPOSE_CALL(function, ...)                                                         \
+  (::fastpose::isa() == ::fastpose::Isa::kAvx512 ? ::fastpose::avx512::function(__VA_ARGS__) \
+   : ::fastpose::isa() == ::fastpose::Isa::kAvx2 ? ::fastpose::avx2::function(__VA_ARGS__)   \
+                                                 : ::fastpose::baseline::function(__VA_ARGS__))
 #else
 #define FASTPOSE_CALL(function, ...) ::fastpose::baseline::function(__VA_ARGS__)
 #endif

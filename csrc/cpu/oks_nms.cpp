@@ -1,7 +1,7 @@
 // Suppression of duplicate poses by object keypoint similarity, all images of a batch in one call.
 //
-// Poses are grouped by image and sorted by score; each group is transposed into arrays [keypoint][pose], so that a vector
-// holds one keypoint of many poses. Groups are shared out to threads by their cost, count^2.
+// Poses are grouped by image and sorted by score; each group is transposed into arrays [keypoint][pose], so that a
+// vector holds one keypoint of many poses. Groups are shared out to threads by their cost, count^2.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -174,7 +174,9 @@ std::tuple<Tensor, Tensor> oks_nms(const Tensor& keypoints, const Tensor& keypoi
   check_oks_nms(keypoints, keypoint_scores, scores, areas, sigmas, image_index, method.view(), decay.view(),
                 gaussian_sigma);
   NmsOptions o;
-  o.method = method.view() == "hard" ? NmsMethod::kHard : method.view() == "soft" ? NmsMethod::kSoft : NmsMethod::kParallel;
+  o.method = method.view() == "hard"   ? NmsMethod::kHard
+             : method.view() == "soft" ? NmsMethod::kSoft
+                                       : NmsMethod::kParallel;
   o.gaussian = decay.view() == "gaussian";
   o.threshold = threshold;
   o.keypoint_threshold = keypoint_threshold;

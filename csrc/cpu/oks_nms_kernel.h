@@ -83,7 +83,8 @@ void soft_nms(const PoseGroup<A>& g, const NmsOptions& o, A* row, A* current) {
     int64_t best = -1;
     for (int64_t j = 0; j < g.valid; ++j) {
       if (g.decay[j] != A(0)) continue;
-      if (best < 0 || current[j] > current[best] || (current[j] == current[best] && g.index[j] < g.index[best])) best = j;
+      if (best < 0 || current[j] > current[best] || (current[j] == current[best] && g.index[j] < g.index[best]))
+        best = j;
     }
     g.decay[best] = A(1);
     g.result[best] = current[best];

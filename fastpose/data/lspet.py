@@ -2,7 +2,7 @@
 Annotation", CVPR 2011. 10,000 images with one annotated person and 14 keypoints each.
 
 The archive has `joints.mat` (14 x 3 x 10000: x, y, labelled) and `images/im00001.jpg` ... `im10000.jpg`. In LSPET the
-third row is 1 for a labelled joint and 0 for one that is occluded or cut off; coordinates of the latter are meaningless.
+third row is 1 for a labelled joint and 0 for one that is occluded or cut off; the latter's coordinates mean nothing.
 The data set has no boxes: they are the labelled keypoints' extent grown by 15 % of its longer side, clipped.
 """
 

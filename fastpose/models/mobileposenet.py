@@ -19,13 +19,12 @@ The paper published no code and leaves these points open. What we chose, and why
 Multiply-accumulates at 256x192 and 17 keypoints: 557,328,992 (parameters 1,505,279).
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations` here: TorchScript must see Final[...] itself, not its text
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
-from torch.jit import Final
 
 from fastpose.layers import ConvBNAct, DWUpsampleBNAct, SqueezeExcite
 from fastpose.models._registry import register_model
@@ -95,7 +94,7 @@ class InvertedResidual(nn.Module):
 
 
 class LPB(nn.Module):
-    """Lightweight upsampling block (Figure 3b): 1x1 expand, depthwise transposed 4x4, 1x1 project, Y = X' + X' X_att."""
+    """Lightweight upsampling block (Figure 3b): 1x1 expand, depthwise transposed 4x4, 1x1 project, Eq. 5."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int, se_ratio: int) -> None:
         super().__init__()
@@ -145,7 +144,13 @@ class MobilePoseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         m = self.input_multiple
-        if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % m != 0 or x.shape[3] % m != 0 or x.shape[2] * x.shape[3] == 0:
+        if (
+            x.dim() != 4
+            or x.shape[1] != 3
+            or x.shape[2] % m != 0
+            or x.shape[3] % m != 0
+            or x.shape[2] * x.shape[3] == 0
+        ):
             raise ValueError(
                 f"MobilePoseNet: input must be [B, 3, H, W] with H and W positive multiples of {m}, got {list(x.shape)}"
             )

@@ -58,7 +58,7 @@ def set_fused(model: nn.Module, on: bool) -> nn.Module:
         raise RuntimeError(f"fused kernels are not available: {WHY_NOT}")
     for layer in model.modules():
         if hasattr(layer, "fused"):
-            layer.fused = on
+            layer.fused = on  # type: ignore[assignment]
     return model
 
 

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastpose.ops import _backend, oks_nms, oks_nms_reference, rescore
+from tests.conftest import needs_kernels
+
+METHODS = [
+    ("hard", "linear"),
+    ("soft", "linear"),
+    ("soft", "gaussian"),
+    ("parallel", "linear"),
+    ("parallel", "gaussian"),
+]
+
+# Worked example: four poses of three keypoints; the last keypoint of pose 2 is not visible.
+SIGMAS = torch.tensor([0.025, 0.05, 0.1], dtype=torch.float64)
+AREAS = torch.tensor([2000.0, 2200, 2400, 1800], dtype=torch.float64)
+BOX_SCORES = torch.tensor([0.95, 0.9, 0.9, 0.8], dtype=torch.float64)
+KEYPOINTS = torch.tensor(
+    [
+        [[10.0, 10], [20, 30], [20, 60]],
+        [[12, 10], [20, 33], [24, 60]],
+        [[16, 12], [24, 38], [30, 64]],
+        [[110, 10], [120, 30], [120, 60]],
+    ],
+    dtype=torch.float64,
+)
+KEYPOINT_SCORES = torch.tensor(
+    [[0.9, 0.9, 0.9], [0.8, 0.9, 0.7], [0.8, 0.7, 0.05], [0.9, 0.6, 0.6]], dtype=torch.float64
+)
+
+
+def f64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def run(method, decay="linear", fn=oks_nms, **settings):
+    scores = rescore(KEYPOINT_SCORES, BOX_SCORES)
+    return fn(KEYPOINTS, KEYPOINT_SCORES, scores, AREAS, SIGMAS, method=method, decay=decay, **settings)
+
+
+def test_rescore_is_equation_6():
+    assert torch.allclose(rescore(KEYPOINT_SCORES, BOX_SCORES), f64([0.855, 0.72, 0.675, 0.56]), atol=1e-12)
+    assert rescore(torch.tensor([[0.05, 0.1]]), torch.tensor([1.0])).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "decay", "expected"),
+    [
+        ("parallel", "linear", [0.855, 0.144123692986, 0.611324350201, 0.56]),
+        ("parallel", "gaussian", [0.855, 0.200296926804, 0.663092681866, 0.56]),
+        ("soft", "linear", [0.855, 0.101910327575, 0.611324350201, 0.56]),
+        ("soft", "gaussian", [0.855, 0.168717185345, 0.663092681866, 0.56]),
+        ("hard", "linear", [0.855, 0.0, 0.675, 0.56]),
+    ],
+)
+def test_worked_example(method, decay, expected):
+    threshold = 0.5 if method == "hard" else 0.0
+    new, keep = run(method, decay, threshold=threshold)
+    assert torch.allclose(new, f64(expected), atol=1e-11, rtol=0)
+    assert keep.tolist() == [v > 0 for v in expected]
+
+
+def test_hard_thresholds_of_the_worked_example():
+    assert run("hard", threshold=0.9)[1].tolist() == [True] * 4
+    assert run("hard", threshold=0.3)[1].tolist() == [True, False, True, True]
+    # OKS of poses 0 and 1, planted just under and just over
+    assert run("hard", threshold=0.799828204186 + 1e-9)[1].tolist() == [True] * 4
+    assert run("hard", threshold=0.799828204186 - 1e-9)[1].tolist() == [True, False, True, True]
+
+
+def matrix_nms_oracle(overlap, scores, method, decay, threshold=0.5, sigma=0.5):
+    """The definitions as loops over Python floats."""
+    n = len(scores)
+    order = sorted(range(n), key=lambda i: (-scores[i], i))
+    if method == "hard":
+        kept = []
+        for j in order:
+            if all(overlap[i][j] <= threshold for i in kept):
+                kept.append(j)
+        return [scores[i] if i in kept else 0.0 for i in range(n)]
+    new = list(scores)
+    if method == "soft":
+        left, current = list(range(n)), list(scores)
+        while left:
+            best = max(left, key=lambda i: (current[i], -i))
+            left.remove(best)
+            new[best] = current[best]
+            for j in left:
+                o = overlap[best][j]
+                current[j] *= math.exp(-(o**2) / sigma) if decay == "gaussian" else 1 - o
+        return new
+    for at, j in enumerate(order):
+        factor = 1.0
+        for before, i in enumerate(order[:at]):
+            c = max((overlap[m][i] for m in order[:before]), default=0.0)
+            o = overlap[i][j]
+            ratio = math.exp(-(o**2 - c**2) / sigma) if decay == "gaussian" else (1 - o) / max(1 - c, 1e-12)
+            factor = min(factor, ratio)
+        new[j] = scores[j] * factor
+    return new
+
+
+def oks_oracle(keypoints, visible, areas, sigmas):
+    n, k = visible.shape
+    matrix = [[0.0] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(n):
+            common = [m for m in range(k) if visible[i, m] and visible[j, m]]
+            area = max((areas[i] + areas[j]) / 2, 1e-30)
+            for m in common:
+                d2 = ((keypoints[i, m] - keypoints[j, m]) ** 2).sum()
+                matrix[i][j] += math.exp(-d2 / (2 * (2 * sigmas[m]) ** 2 * area)) / len(common)
+    return matrix
+
+
+@pytest.mark.parametrize(("method", "decay"), METHODS)
+def test_compensation_and_order_change(method, decay):
+    """A matrix with overlaps .8, .3, .6 and .5: pose 2 is excused for overlapping the suppressed pose 1."""
+    matrix = [[1, 0.8, 0.3, 0], [0.8, 1, 0.6, 0], [0.3, 0.6, 1, 0.5], [0, 0, 0.5, 1]]
+    scores = [0.9, 0.8, 0.7, 0.6]
+    expected = {
+        ("parallel", "linear"): [0.9, 0.16, 0.49, 0.6],
+        ("parallel", "gaussian"): [0.9, 0.222429840363, 0.584689147988, 0.6],
+        ("soft", "linear"): [0.9, 0.064, 0.245, 0.6],
+        ("soft", "gaussian"): [0.9, 0.108268226589, 0.354631894656, 0.6],
+        ("hard", "linear"): [0.9, 0, 0.7, 0.6],
+    }[method, decay]
+    assert np.allclose(matrix_nms_oracle(matrix, scores, method, decay), expected, atol=1e-11)
+    keypoints, keypoint_scores = poses_with_overlaps(matrix)
+    k = keypoints.shape[1]
+    new, _ = oks_nms(
+        keypoints, keypoint_scores, f64(scores), f64([1.0] * 4), f64([0.1] * k), method=method, decay=decay,
+        threshold=0.5 if method == "hard" else 0.0,
+    )  # fmt: skip
+    assert np.allclose(new.numpy(), expected, atol=1e-11)
+
+
+def poses_with_overlaps(matrix):
+    """Poses with the given OKS matrix (multiples of 0.1): every pair has ten keypoints that only these two show,
+    of which ten times the OKS coincide and the others are far apart."""
+    pairs = [(i, j) for i in range(len(matrix)) for j in range(i)]
+    keypoints = torch.zeros(len(matrix), 10 * len(pairs), 2).double()
+    keypoint_scores = torch.zeros(len(matrix), 10 * len(pairs)).double()
+    for at, (i, j) in enumerate(pairs):
+        keypoint_scores[[i, j], 10 * at : 10 * at + 10] = 1.0
+        keypoints[i, 10 * at + round(10 * matrix[i][j]) : 10 * at + 10] = 1e6
+    return keypoints, keypoint_scores
+
+
+def random_poses(n, k=17, dtype=torch.float64, images=3):
+    g = torch.Generator().manual_seed(n)
+    keypoints = torch.randn(n, k, 2, generator=g, dtype=torch.float64) * 4 + 100
+    keypoint_scores = torch.rand(n, k, generator=g, dtype=torch.float64)
+    scores = (torch.rand(n, generator=g, dtype=torch.float64) * 20).round() / 20  # many ties
+    areas = torch.rand(n, generator=g, dtype=torch.float64) * 9000
+    sigmas = torch.rand(k, generator=g, dtype=torch.float64) * 0.1 + 0.02
+    image = torch.randint(0, images, (n,), generator=g) * 7 - 5
+    return [t.to(dtype) for t in (keypoints, keypoint_scores, scores, areas, sigmas)], image
+
+
+@pytest.mark.parametrize("fn", [oks_nms, oks_nms_reference], ids=["op", "reference"])
+@pytest.mark.parametrize(("method", "decay"), METHODS)
+@pytest.mark.parametrize("n", [0, 1, 2, 15, 16, 17, 60])
+def test_equals_the_loop_oracle_image_by_image(n, method, decay, fn):
+    (keypoints, keypoint_scores, scores, areas, sigmas), image = random_poses(n)
+    threshold = 0.4 if method == "hard" else 0.0
+    new, keep = fn(
+        keypoints,
+        keypoint_scores,
+        scores,
+        areas,
+        sigmas,
+        image_index=image,
+        method=method,
+        decay=decay,
+        threshold=threshold,
+    )
+    assert new.shape == keep.shape == (n,) and keep.dtype == torch.bool
+    for i in image.unique().tolist():
+        at = (image == i).nonzero()[:, 0]
+        matrix = oks_oracle(
+            keypoints[at].numpy(), (keypoint_scores[at] > 0.1).numpy(), areas[at].numpy(), sigmas.numpy()
+        )
+        expected = matrix_nms_oracle(matrix, scores[at].tolist(), method, decay, threshold)
+        assert np.allclose(new[at].numpy(), expected, atol=1e-12, rtol=1e-10)
+        if method != "hard":
+            assert torch.equal(keep[at], new[at] > 0)
+
+
+@pytest.mark.parametrize(("method", "decay"), METHODS)
+def test_float32_and_permutation(method, decay):
+    tensors, image = random_poses(70, dtype=torch.float32)
+    tensors[2] = torch.randperm(70, generator=torch.Generator().manual_seed(1)).float() / 70  # distinct scores
+    exact = oks_nms(*(t.double() for t in tensors), image_index=image, method=method, decay=decay)[0]
+    new, keep = oks_nms(*tensors, image_index=image, method=method, decay=decay)
+    assert torch.allclose(new.double(), exact, atol=2e-5)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(2))
+    moved = [t[order] for t in tensors[:4]]
+    again, keep_again = oks_nms(*moved, tensors[4], image_index=image[order], method=method, decay=decay)
+    assert torch.equal(again, new[order]) and torch.equal(keep_again, keep[order])
+
+
+@pytest.mark.parametrize("fn", [oks_nms, oks_nms_reference], ids=["op", "reference"])
+@pytest.mark.parametrize(("method", "decay"), METHODS)
+def test_odd_inputs_are_defined(method, decay, fn):
+    nan, inf = float("nan"), float("inf")
+    keypoints = torch.zeros(6, 2, 2).double()
+    keypoints[4, 0, 0], keypoints[4, 1, 1] = nan, inf  # no usable keypoint: duplicates nobody
+    keypoints[5] = 50.0
+    confidence = torch.ones(6, 2).double()
+    scores = f64([0.5, 0.5, nan, 0.4, 0.3, 0.2])
+    areas = f64([0.0, 0.0, 5.0, nan, 10.0, -3.0])
+    sigmas = f64([0.1, 0.1])
+    new, keep = fn(keypoints, confidence, scores, areas, sigmas, method=method, decay=decay)
+    assert not new.isnan().any()
+    assert new[0] == 0.5 and keep[0]  # of equals the lower index wins
+    assert new[2] == 0 and not keep[2]  # NaN score: dropped, and suppresses nobody
+    assert new[4] == 0.3 and keep[4] and new[5] == 0.2 and keep[5]
+    if decay == "linear":  # exact duplicates: OKS 1 although all areas count as 0
+        assert new[1] == 0 and not keep[1] and new[3] == 0 and not keep[3]
+
+
+@pytest.mark.parametrize("method", ["hard", "soft", "parallel"])
+def test_batch_equals_single_images(method):
+    tensors, image = random_poses(200, images=25)
+    together = oks_nms(*tensors, image_index=image, method=method)
+    for i in image.unique().tolist():
+        at = image == i
+        alone = oks_nms(*(t[at] for t in tensors[:4]), tensors[4], method=method)
+        assert torch.equal(alone[0], together[0][at]) and torch.equal(alone[1], together[1][at])
+
+
+@needs_kernels
+def test_threads_change_nothing():
+    tensors, image = random_poses(3000, images=150)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(oks_nms(*tensors, image_index=image)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_kernels
+def test_opcheck_and_autocast():
+    tensors, image = random_poses(9, dtype=torch.float32)
+    op = torch.ops.fastpose.oks_nms.default
+    torch.library.opcheck(op, (*tensors, image, "parallel", "linear", 0.0, 0.1, 0.0, 0.5))
+    torch.library.opcheck(op, (*tensors, None, "hard", "linear", 0.5, 0.1, 0.0, 0.5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        new, _ = oks_nms(tensors[0].bfloat16(), *tensors[1:])
+    assert new.dtype == torch.float32
+
+
+def test_bad_arguments_name_the_problem():
+    tensors, image = random_poses(4)
+    cases = [
+        ({0: tensors[0][0]}, {}, r"keypoints must be \[N, K, 2\], got \[17, 2\]"),
+        ({1: tensors[1][:3]}, {}, "keypoint_scores must be"),
+        ({2: tensors[2].float()}, {}, "scores must have the dtype of keypoints"),
+        ({3: tensors[3][:2]}, {}, "areas must be"),
+        ({4: tensors[4][:2]}, {}, "sigmas must be"),
+        ({0: tensors[0].half()}, {}, "keypoints must be float32 or float64"),
+        ({}, {"image_index": image.int()}, "image_index must be int64"),
+        ({}, {"method": "fast"}, "method must be 'hard', 'soft' or 'parallel', got 'fast'"),
+        ({}, {"decay": "cubic"}, "decay must be 'linear' or 'gaussian', got 'cubic'"),
+        ({}, {"gaussian_sigma": 0.0}, "gaussian_sigma must be positive"),
+    ]
+    for changed, settings, message in cases:
+        arguments = [changed.get(i, t) for i, t in enumerate(tensors)]
+        with pytest.raises(ValueError, match=message):
+            oks_nms(*arguments, **settings)
+    assert _backend.LOADED in (True, False)

@@ -1,0 +1,122 @@
+"""The command line in fresh processes: what a user types and what comes back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+
+def fastpose(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "fastpose", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, photo):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / "in" / f"{i}.jpg"), np.roll(photo, 40 * i, axis=1))
+    return tmp_path
+
+
+def test_one_photo_gives_a_picture_and_json(folder):
+    done = fastpose("predict", "in/0.jpg", "--detector", "none", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "in/0.jpg: 1 person" in done.stdout and "1 poses in 1 images -> poses/poses.json" in done.stdout
+    result = json.loads((folder / "poses" / "poses.json").read_text())
+    assert result["images"] == [{"id": 1, "file_name": "in/0.jpg", "width": 320, "height": 240}]
+    (annotation,) = result["annotations"]
+    assert annotation["image_id"] == 1 and len(annotation["keypoints"]) == 42
+    assert result["categories"][0]["keypoints"][12:] == ["neck", "head_top"]
+    assert cv2.imread(str(folder / "poses" / "0_pose.png")).shape == (240, 320, 3)
+
+
+def test_bad_files_are_reported_and_the_rest_is_done(folder):
+    (folder / "in" / "broken.jpg").write_bytes(b"\xff\xd8 broken")
+    done = fastpose(
+        "predict", "in", "missing.png", "--detector", "none", "--save-images", "--json", "r.json", cwd=folder
+    )
+    assert done.returncode == 2
+    assert "fastpose: error: in/broken.jpg: truncated JPEG" in done.stderr
+    assert "fastpose: error: missing.png: no such file or folder" in done.stderr
+    assert "2 of 5 inputs failed" in done.stderr and "Traceback" not in done.stderr
+    result = json.loads((folder / "r.json").read_text())
+    assert len(result["images"]) == 3 and len(result["errors"]) == 2
+    assert len(list((folder / "poses").glob("*_pose.png"))) == 3
+
+
+def test_boxes_file(folder):
+    nan = float("nan")
+    boxes = {"0.jpg": [[10, 10, 100, 200], [50, 20, 300, 230]], "1.jpg": [[10, 10, nan, 50]], "2.jpg": []}
+    (folder / "boxes.json").write_text(json.dumps(boxes))
+    done = fastpose("predict", "in", "--boxes", "boxes.json", cwd=folder)
+    assert done.returncode == 2
+    assert "in/1.jpg: boxes: box 0 (10, 10, nan, 50) is not finite" in done.stderr
+    result = json.loads((folder / "poses" / "poses.json").read_text())
+    assert [i["file_name"] for i in result["images"]] == ["in/0.jpg", "in/2.jpg"]
+    assert [a["image_id"] for a in result["annotations"]] == [1, 1]
+    assert result["annotations"][0]["bbox"] == [10, 10, 90, 190]
+    coco = {
+        "images": [{"id": 5, "file_name": "0.jpg"}],
+        "annotations": [{"image_id": 5, "bbox": [10, 10, 90, 190]}],
+    }
+    (folder / "boxes.json").write_text(json.dumps(coco))
+    done = fastpose("predict", "in/0.jpg", "--boxes", "boxes.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((folder / "poses" / "poses.json").read_text())
+    assert np.allclose(again["annotations"][0]["keypoints"], result["annotations"][0]["keypoints"], atol=0.01)
+    done = fastpose("predict", "in/1.jpg", "--boxes", "boxes.json", cwd=folder)
+    assert done.returncode == 2 and "in/1.jpg: not in boxes.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("3", "holds a int; expected"),
+        ('{"a.jpg": 5}', "the entry 'a.jpg' is 5, not a list of boxes"),
+        ('[{"bbox": [1, 2, 3, 4]}]', "missing key 'file_name'"),
+        ('[{"file_name": "a", "bbox": [1, 2]}]', r"bbox must be [x, y, width, height], got [1, 2]"),
+    ],
+)
+def test_wrong_boxes_files(folder, content, message):
+    from fastpose.boxes import read_boxes
+
+    (folder / "boxes.json").write_text(content)
+    with pytest.raises(ValueError) as error:
+        read_boxes(folder / "boxes.json")
+    assert message in str(error.value) and "boxes.json" in str(error.value)
+
+
+def test_wrong_arguments(folder):
+    cases = {
+        ("predict", "in", "--model", "mobileposnet"): "unknown model 'mobileposnet'; did you mean mobileposenet",
+        ("predict", "in", "--weights", "none.safetensors"): "no such file (expected 'default' or a .safetensors path)",
+        ("predict", "in", "--boxes", "none.json"): "boxes none.json: no such file",
+        ("predict", "nothing"): "nothing: no such file or folder",
+        ("train", "lr=1"): "missing setting 'data'",
+        ("train", "data=none", "output=run", "learning_rate=1"): "unknown setting 'learning_rate'",
+    }
+    for arguments, message in cases.items():
+        done = fastpose(*arguments, cwd=folder)
+        assert done.returncode == 2, (arguments, done.stdout)
+        assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_export_and_info(folder):
+    done = fastpose("export", "model.pt", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "model.pt: loads with torch alone" in done.stdout
+    code = "import torch; print(tuple(torch.jit.load('model.pt')(torch.zeros(1, 3, 64, 64)).shape))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "(1, 14, 16, 16)"
+    done = fastpose("info", "--json", cwd=folder)
+    report = json.loads(done.stdout)
+    assert set(report["ops on cpu"]) == {"ghost_cheap", "dw_upsample", "oks_nms"}
+    assert "fused kernels" in fastpose("info", cwd=folder).stdout

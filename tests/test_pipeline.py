@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import fastpose
+from fastpose import BoxError, ImageError, PoseEstimator, Poses
+from fastpose.checkpoints import load_state, read_info, resolve_weights, save_weights
+from fastpose.detect import HOG_MISSING, hog_available, make_detector
+from fastpose.images import find_images, read_image
+from fastpose.skeletons import COCO17, LSP14, MPII16, Skeleton, get_skeleton
+
+
+@pytest.fixture(scope="module")
+def estimator() -> PoseEstimator:
+    return PoseEstimator(detector="none")
+
+
+def test_one_image_and_a_list(estimator, photo):
+    boxes = np.array([[20, 10, 200, 220], [100.5, 30, 310, 239]])
+    poses = estimator(photo, boxes)
+    assert isinstance(poses, Poses) and len(poses) == 2
+    assert poses.keypoints.shape == (2, 14, 2) and poses.keypoints.dtype == np.float32
+    assert poses.keypoint_scores.shape == (2, 14) and poses.image_size == (240, 320)
+    assert np.array_equal(poses.boxes, boxes.astype(np.float32)) and poses.skeleton is LSP14
+    many = estimator([photo, photo[:100], photo], [boxes, None, boxes[:1]])
+    assert [len(p) for p in many] == [2, 1, 1]
+    assert np.allclose(many[0].keypoints, poses.keypoints, atol=1e-2)
+    assert np.allclose(many[2].keypoints, poses.keypoints[:1], atol=1e-2)
+    assert estimator([]) == []
+
+
+def test_given_boxes_are_all_kept_in_order(estimator, photo):
+    box = [20, 10, 200, 220]
+    poses = estimator(photo, [box, box, box])
+    assert len(poses) == 3 and np.allclose(poses.scores, poses.scores[0])
+
+
+def test_duplicates_of_a_detector_are_suppressed_per_image(photo):
+    def twice(image):
+        return np.array([[20, 10, 200, 220], [20, 10, 200, 220], [150, 40, 300, 220]]), np.array([0.5, 0.9, 0.4])
+
+    settings = {"detector": twice, "keypoint_threshold": 0.0}  # nobody is in the picture: scores are low
+    for p in PoseEstimator(**settings)([photo, photo]):
+        assert len(p) == 2 and p.scores[0] >= p.scores[1]
+    assert len(PoseEstimator(**settings, nms="none")(photo)) == 3
+    assert len(PoseEstimator(**settings, nms="parallel", nms_threshold=1e-6)(photo)) == 2
+
+
+def test_nobody_is_a_normal_answer(photo, tmp_path):
+    poses = PoseEstimator(detector=lambda image: [])(photo)
+    assert len(poses) == 0 and poses.keypoints.shape == (0, 14, 2) and poses.boxes.shape == (0, 4)
+    assert poses.to_coco() == [] and json.loads(poses.to_json())["people"] == []
+    assert np.array_equal(poses.draw(photo), photo)
+    poses.save(tmp_path / "nobody.json")
+    assert len(Poses.empty((5, 6), COCO17)) == 0
+
+
+def test_inputs_of_every_kind_agree(estimator, photo, tmp_path):
+    cv2.imwrite(str(tmp_path / "photo.png"), photo[:, :, ::-1])
+    expected = estimator(photo).keypoints
+    rgba = np.dstack([photo, np.full(photo.shape[:2], 7, np.uint8)])
+    for image in (tmp_path / "photo.png", str(tmp_path / "photo.png"), rgba, photo.astype(np.uint16) * 256 + 9,
+                  torch.from_numpy(photo), torch.from_numpy(photo).permute(2, 0, 1)):  # fmt: skip
+        assert np.array_equal(estimator(image).keypoints, expected)
+    bgr = PoseEstimator(detector="none", channel_order="bgr")
+    assert np.array_equal(bgr(photo[:, :, ::-1]).keypoints, expected)
+    assert np.array_equal(bgr(tmp_path / "photo.png").keypoints, expected)  # files know their order
+    grey = photo[:, :, 0]
+    assert np.array_equal(estimator(grey).keypoints, estimator(np.dstack([grey] * 3)).keypoints)
+    assert np.array_equal(estimator(grey[:, :, None]).keypoints, estimator(grey).keypoints)
+    assert len(estimator(np.zeros((1, 1, 3), np.uint8))) == 1
+
+
+def test_batch_size_and_flip_test_are_only_about_speed_and_noise(photo):
+    boxes = [[10 * i, 5 * i, 150 + 10 * i, 200] for i in range(7)]
+    results = [PoseEstimator(detector="none", batch_size=b)(photo, boxes).keypoints for b in (1, 3, 32)]
+    assert np.allclose(results[0], results[2], atol=1e-2) and np.allclose(results[1], results[2], atol=1e-2)
+    plain, flipped = (PoseEstimator(detector="none", flip_test=f) for f in (False, True))
+    mirrored = photo[:, ::-1]
+    box = [0, 0, 319, 239]  # symmetric: integer coordinates are pixel centres
+    a, b = flipped(photo, box).keypoints[0], flipped(mirrored, box).keypoints[0]
+    order = LSP14.flip_indices
+    # with the flip test an image and its mirror image give mirrored poses, exactly up to rounding
+    assert np.allclose(a[:, 0], 319 - b[order, 0], atol=0.6) and np.allclose(a[:, 1], b[order, 1], atol=0.6)
+    assert plain(photo).keypoints.shape == (1, 14, 2)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[10, 10, float("nan"), 20]], "box 0 .* is not finite"),
+        ([[0, 0, 5, 5], [50, 10, 20, 90]], "box 1 .* is inverted or empty"),
+        ([[400, 10, 500, 90]], "lies outside the image of 320 x 240 pixels"),
+        ([[1, 2, 3]], r"must be \[P, 4\] \(x1, y1, x2, y2\), got \[1, 3\]"),
+        ("a string", "must be numbers"),
+    ],
+)
+def test_bad_boxes(estimator, photo, boxes, message):
+    with pytest.raises(BoxError, match=message):
+        estimator(photo, boxes)
+
+
+def test_bad_images_and_settings(estimator, photo):
+    for image, message in (
+        (np.zeros((4, 4, 2), np.uint8), r"got \[4, 4, 2\]"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (np.zeros((4, 4, 3)), "must be uint8 .* got float64"),
+        (None, "got NoneType"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            estimator(image)
+    with pytest.raises(BoxError, match="one entry per image, 2, got 1"):
+        estimator([photo, photo], [None])
+    for settings, message in (
+        ({"detector": "yolo"}, "detector must be"),
+        ({"nms": "fast"}, "nms must be"),
+        ({"channel_order": "gbr"}, "channel_order must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"model": "mobile"}, "unknown model 'mobile'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PoseEstimator(**settings)
+
+
+def test_results_as_coco_json_and_pictures(estimator, photo, tmp_path):
+    poses = estimator(photo, [[20, 10, 200, 220]])
+    (coco,) = poses.to_coco(image_id=7)
+    assert coco["image_id"] == 7 and coco["category_id"] == 1 and len(coco["keypoints"]) == 42
+    assert coco["bbox"] == [20, 10, 180, 210]
+    person = json.loads(poses.to_json())["people"][0]
+    assert np.allclose(person["keypoints"], poses.keypoints[0], atol=1e-3)
+    drawn = poses.draw(photo, threshold=0.0)
+    assert drawn.shape == photo.shape and not np.array_equal(drawn, photo)
+    poses.save(tmp_path / "out.png", photo)
+    assert np.array_equal(read_image(tmp_path / "out.png"), poses.draw(photo))
+    with pytest.raises(ValueError, match="drawing needs the image"):
+        poses.save(tmp_path / "out.png")
+    with pytest.raises(ValueError, match="cannot write images with suffix '.xyz'"):
+        poses.save(tmp_path / "out.xyz", photo)
+    assert poses[0].keypoints.shape == (1, 14, 2) and len(poses[:0]) == 0
+    with pytest.raises(IndexError):
+        poses[1]
+
+
+def test_drawing_survives_absurd_positions(photo):
+    points = np.zeros((1, 14, 2))
+    points[0, 0], points[0, 1] = np.nan, 1e30
+    points[0, 2] = -1e30
+    poses = Poses(points, np.ones((1, 14)), np.array([[0, 0, 9, 9]]), np.ones(1), (240, 320), LSP14)
+    assert poses.draw(photo).shape == photo.shape
+
+
+def test_detectors(photo, monkeypatch):
+    whole, notice = make_detector("none")
+    assert whole(photo)[0].tolist() == [[0, 0, 320, 240]] and notice == ""
+    if hog_available():
+        boxes, scores = make_detector("hog")[0](photo)
+        assert boxes.shape == (len(scores), 4)
+        assert make_detector("auto")[1] == ""
+    else:
+        with pytest.raises(ImportError, match="opencv-contrib-python"):
+            make_detector("hog")
+        detect, notice = make_detector("auto")
+        assert HOG_MISSING in notice and detect(photo)[0].tolist() == [[0, 0, 320, 240]]
+
+
+def test_skeletons():
+    for skeleton in (COCO17, LSP14, MPII16):
+        order = skeleton.flip_indices
+        assert [order[i] for i in order] == list(range(skeleton.num_keypoints))
+        for i, name in enumerate(skeleton.names):
+            swapped = name.replace("left", "?").replace("right", "left").replace("?", "right")
+            assert skeleton.names[order[i]] == swapped
+        assert get_skeleton(skeleton.name) is skeleton
+    with pytest.raises(ValueError, match="unknown skeleton 'cat'"):
+        get_skeleton("cat")
+    with pytest.raises(ValueError, match="expected 2 sigmas"):
+        Skeleton("x", ("a", "b"), (), (), (0.1,))
+    with pytest.raises(ValueError, match="flip_pairs must hold two different indices below 2"):
+        Skeleton("x", ("a", "b"), (), ((0, 2),), (0.1, 0.1))
+
+
+def test_weights_files(tmp_path):
+    path = resolve_weights("default", "mobileposenet")
+    info = read_info(path)
+    assert info.model == "mobileposenet" and info.num_keypoints == 14 and path.stat().st_size < 3_500_000
+    model = fastpose.create_model("mobileposenet", weights="default")
+    assert not model.training and model.head.weight.dtype == torch.float32
+    state = {k: v for k, v in model.state_dict().items() if k != "head.bias"}
+    state["extra"] = torch.zeros(1)
+    save_weights(tmp_path / "odd.safetensors", state, info)
+    with pytest.raises(ValueError, match="do not fit model 'mobileposenet': missing head.bias; unexpected extra"):
+        fastpose.create_model("mobileposenet", weights=tmp_path / "odd.safetensors")
+    other = fastpose.create_model("mobileposenet", num_keypoints=17)
+    before = other.head.weight.clone()
+    with pytest.raises(ValueError, match=r"head.weight: expected \[17, 160, 1, 1\], got \[14, 160, 1, 1\]"):
+        load_state(other, path, "mobileposenet")
+    assert torch.equal(other.head.weight, before)
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        PoseEstimator(weights=tmp_path / "text.safetensors")
+
+
+def test_image_files_that_cannot_be_used(tmp_path, photo):
+    good = tmp_path / "good.jpg"
+    cv2.imwrite(str(good), photo)
+    data = good.read_bytes()
+    for name, content, message in (
+        ("empty.jpg", b"", "the file is empty"),
+        ("text.jpg", b"not an image at all", "not an image that OpenCV can decode"),
+        ("cut.jpg", data[: len(data) // 2], "truncated JPEG"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError, match=f"{name}: {message}"):
+            read_image(tmp_path / name)
+    with pytest.raises(ImageError, match="no such file"):
+        read_image(tmp_path / "missing.jpg")
+    with pytest.raises(ImageError, match="is a folder"):
+        read_image(tmp_path)
+    assert find_images(str(tmp_path / "g*.jpg")) == [good]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ImageError, match="the folder has no image files"):
+        find_images(str(tmp_path / "folder"))
+    with pytest.raises(ImageError, match="no file matches"):
+        find_images(str(tmp_path / "x*.jpg"))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_grey_alpha_and_16_bit_files(tmp_path, photo, suffix):
+    for image in (photo[:, :, 0], np.dstack([photo, photo[:, :, 0]]), photo.astype(np.uint16) * 257):
+        cv2.imwrite(str(tmp_path / f"image{suffix}"), image)
+        read = read_image(tmp_path / f"image{suffix}")
+        assert read.shape == photo.shape and read.dtype == np.uint8
