@@ -28,7 +28,6 @@ from fastpose import info
 from fastpose.ops import _backend
 
 BLOCK_S = 0.02
-BUDGET_S = 20.0  # per case; at least three rounds are done
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
@@ -62,7 +61,7 @@ def options(
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options with defaults filled in, `rounds`, `tolerance` and `torch_dtype`."""
+    """The options with defaults filled in, `rounds`, `budget` (seconds), `tolerance` and `torch_dtype`."""
     args = parser.parse_args()
     if not _backend.LOADED:
         parser.exit(1, f"nothing to compare, the fused kernels are not available: {_backend.WHY_NOT}\n")
@@ -71,7 +70,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         args.batch = args.batch or ([1] if args.quick else [1, 32])
     if "compile" in args and args.compile is None:
         args.compile = not args.quick
-    args.rounds = 5 if args.quick else 25
+    args.rounds, args.budget = (5, 1.0) if args.quick else (25, 20.0)
     args.tolerance = TOLERANCE[args.dtype]
     args.torch_dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
@@ -120,14 +119,17 @@ def check(name: str, got: Any, expected: Any, tol: float) -> None:
         raise AssertionError(f"{name}: differs from the expected output by {error:.3g}, allowed {limit:.3g}")
 
 
-def measure(competitors: dict[str, Call | str], rounds: int) -> dict[str, Timing | str]:
-    """Time the competitors in turns; text (the reason why one cannot run) is passed through."""
+def measure(competitors: dict[str, Call | str], args: argparse.Namespace) -> dict[str, Timing | str]:
+    """Time the competitors in turns; text (the reason why one cannot run) is passed through.
+
+    There are `args.rounds` rounds, but only three if they take more than `args.budget` seconds.
+    """
     runnable = {name: call for name, call in competitors.items() if not isinstance(call, str)}
     repeats = {name: _calibrate(call) for name, call in runnable.items()}
     blocks: dict[str, list[float]] = {name: [] for name in runnable}
     start = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - start > BUDGET_S:
+    for done in range(args.rounds):
+        if done >= 3 and time.perf_counter() - start > args.budget:
             break
         for name, call in runnable.items():
             blocks[name].append(_block(call, repeats[name]))
@@ -151,13 +153,13 @@ def _block(call: Call, repeats: int) -> float:
 
 
 def _calibrate(call: Call) -> int:
-    """Calls per block, found after a warm-up."""
-    for _ in range(3):
-        call()
+    """Calls per block. The first blocks are the warm-up: at least seven calls, unless they take long."""
     repeats = 1
-    while (seconds := _block(call, repeats)) * repeats < BLOCK_S / 2:
+    while True:
+        seconds = _block(call, repeats)
+        if repeats * seconds > BLOCK_S / 2 and (repeats >= 4 or repeats * seconds > 10 * BLOCK_S):
+            return max(1, math.ceil(BLOCK_S / seconds))
         repeats *= 2
-    return max(1, math.ceil(BLOCK_S / seconds))
 
 
 class Table:
@@ -227,7 +229,7 @@ OP_COLUMNS: dict[str, tuple[int, int | None]] = {
 }
 
 
-def op_rows(table: Table, case: dict[str, Any], competitors: dict[str, Call | str], moved: int, rounds: int) -> None:
+def op_rows(table: Table, case: dict[str, Any], competitors: dict[str, Call | str], moved: int) -> None:
     """Time one case of an operator that moves `moved` bytes, against copies of as many bytes, and add its rows.
 
     `copy` writes into a tensor that exists, `clone` allocates its result as the operator has to.
@@ -235,7 +237,7 @@ def op_rows(table: Table, case: dict[str, Any], competitors: dict[str, Call | st
     source = torch.randn(moved // 8)  # half of the bytes are read, half are written
     target = torch.empty_like(source)
     competitors = {**competitors, "copy": lambda: target.copy_(source), "clone": lambda: source.clone()}
-    timings = measure(competitors, rounds)
+    timings = measure(competitors, table.args)
     copy = timings["copy"]
     for name, t in timings.items():
         if isinstance(t, str) or isinstance(copy, str):

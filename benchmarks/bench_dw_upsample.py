@@ -64,7 +64,7 @@ def run(
     competitors["eager no bias"] = lambda: F.conv_transpose2d(x, weight, None, 2, 1, groups=c)
 
     case = {"shape": f"{c}x{h}x{w}", "batch": batch, "threads": threads, "layout": layout}
-    op_rows(table, case, competitors, x.nbytes + weight.nbytes + bias.nbytes + y.nbytes, args.rounds)
+    op_rows(table, case, competitors, x.nbytes + weight.nbytes + bias.nbytes + y.nbytes)
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def run(
             check(name, call(), y, args.tolerance)
 
     case = {"shape": f"{c}x{h}x{w}", "batch": batch, "threads": threads, "layout": layout}
-    op_rows(table, case, competitors, x.nbytes + weight.nbytes + bias.nbytes + y.nbytes, args.rounds)
+    op_rows(table, case, competitors, x.nbytes + weight.nbytes + bias.nbytes + y.nbytes)
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ def run(table: Table, args: argparse.Namespace, name: str, threads: int, batch: 
             check(f"{name}, {competitor}", call(), expected, args.tolerance)
 
     case = {"model": name, "batch": batch, "threads": threads}
-    for competitor, t in measure(competitors, args.rounds).items():
+    for competitor, t in measure(competitors, args).items():
         if isinstance(t, str):
             table.add(**case, competitor=competitor, note=t)
         else:

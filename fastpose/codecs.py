@@ -100,7 +100,7 @@ class SoftmaxHeatmapCodec:
 
     @staticmethod
     def _parabola(log_map: Tensor, index: Tensor, position: Tensor, length: int, step: int) -> Tensor:
-        """Offset in [-0.5, 0.5] of the vertex of the parabola through the maximum and its neighbours; 0 on the border."""
+        """Offset in [-0.5, 0.5] of the vertex of the parabola through the maximum and its neighbours."""
         inner = (position > 0) & (position < length - 1)
         here = log_map.gather(2, index.unsqueeze(-1)).squeeze(-1)
         before = log_map.gather(2, (index - step).clamp(min=0).unsqueeze(-1)).squeeze(-1)

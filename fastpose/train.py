@@ -260,7 +260,8 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
             rank=rank,
             world=world,
         )
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.workers, prefetch_factor=4)
+        ahead = 4 if config.workers else None
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.workers, prefetch_factor=ahead)
         info = WeightsInfo(
             model=config.model,
             num_keypoints=skeleton.num_keypoints,

@@ -156,7 +156,7 @@ def _change_colours(crop: Array, a: Augmentation, rng: np.random.Generator) -> A
 
 
 class ResumableBatches(Sampler[list[int]]):
-    """Index lists of the batches from `first_step` on: a fresh permutation per epoch, without its incomplete last batch.
+    """Index lists of the batches from `first_step` on: a new permutation per epoch, without its incomplete last batch.
 
     Of `world` processes the one numbered `rank` gets every `world`-th element of each batch.
     """
