@@ -122,7 +122,7 @@ def check(name: str, got: Any, expected: Any, tol: float) -> None:
 def measure(competitors: dict[str, Call | str], args: argparse.Namespace) -> dict[str, Timing | str]:
     """Time the competitors in turns; text (the reason why one cannot run) is passed through.
 
-    There are `args.rounds` rounds, but only three if they take more than `args.budget` seconds.
+    There are `args.rounds` rounds, fewer (but at least three) once `args.budget` seconds are over.
     """
     runnable = {name: call for name, call in competitors.items() if not isinstance(call, str)}
     repeats = {name: _calibrate(call) for name, call in runnable.items()}

@@ -1,4 +1,4 @@
-"""The command line: ``fastpose predict | train | export | info``.
+"""The command line: ``fastpose predict | train | evaluate | export | info``.
 
 Exit codes: 0 all done, 2 bad input (what could be done was done), 1 anything unexpected.
 """
@@ -61,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
     p.set_defaults(run=_train)
+
+    p = commands.add_parser("evaluate", help="PCK@0.2 of weights on the Leeds Sports Pose Extended validation split")
+    p.add_argument("data", metavar="DIR", help="the unpacked archive: joints.mat and images/")
+    p.add_argument("--model", default="mobileposenet")
+    p.add_argument("--weights", default="default")
+    p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass")
+    p.set_defaults(run=_evaluate)
 
     p = commands.add_parser("export", help="write a network for deployment")
     p.add_argument("--format", choices=("torchscript",), default="torchscript")
@@ -202,6 +209,19 @@ def _train(options: argparse.Namespace) -> int:
             config_path = str(shipped)
     best = train(read_config(TrainConfig, config_path, options.settings), options.resume, options.quiet)
     print(f"best validation PCK@0.2: {best:.1f}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from fastpose.data import load_lspet
+    from fastpose.evaluate import evaluate_pck
+    from fastpose.pipeline import PoseEstimator
+
+    estimator = PoseEstimator(options.model, options.weights, flip_test=False if options.no_flip_test else None)
+    result = evaluate_pck(estimator, load_lspet(options.data, "val"))
+    for name, value in result.per_keypoint.items():
+        print(f"{name:<16}{value:6.1f}")
+    print(f"{'PCK@0.2':<16}{result.total:6.1f}  ({result.people} people with a measurable torso)")
     return 0
 
 

@@ -14,7 +14,7 @@ LEVEL = {
     "data": 2, "checkpoints": 2, "draw": 2, "detect": 2,
     "models": 3,
     "pipeline": 4, "export": 4,
-    "train": 5, "info": 5,
+    "train": 5, "evaluate": 5, "info": 5,
     "cli": 6,
 }  # fmt: skip
 
