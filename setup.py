@@ -52,7 +52,7 @@ def extensions():
     link = ["-Wl,-s"] if sys.platform == "linux" else []
     if os.environ.get("FASTPOSE_SANITIZE") == "1":
         # the asserts of -fsanitize=undefined stop at the first finding, so that a test fails
-        flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        flags += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         link = ["-fsanitize=address,undefined"]
     sources = ["csrc/library.cpp", *sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc/cpu").glob("*.cpp"))]
     major, minor = (int(v) for v in TORCH_TARGET.split("."))

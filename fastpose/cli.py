@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--output", metavar="DIR", default="poses", help="folder for results (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="results file (default: DIR/poses.json)")
     p.add_argument("--save-images", action="store_true", help="write drawn images too (a single image always is)")
-    p.add_argument("--threshold", type=float, default=0.05, help="least keypoint score to draw (default: %(default)s)")
+    p.add_argument("--threshold", type=float, default=0.25, help="least keypoint score to draw (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass: twice as fast, less accurate")

@@ -33,15 +33,11 @@ def hog_available() -> bool:
 def _hog() -> Any:
     import cv2
 
-    for module in (cv2, getattr(cv2, "xobjdetect", None)):
-        if module is not None and hasattr(module, "HOGDescriptor"):
-            people = getattr(module, "HOGDescriptor_getDefaultPeopleDetector", None)
-            if people is None:
-                people = module.HOGDescriptor.getDefaultPeopleDetector
-            hog = module.HOGDescriptor()
-            hog.setSVMDetector(people())
-            return hog
-    raise ImportError(HOG_MISSING)
+    if not hasattr(cv2, "HOGDescriptor"):
+        raise ImportError(HOG_MISSING)
+    hog = cv2.HOGDescriptor()
+    hog.setSVMDetector(cv2.HOGDescriptor_getDefaultPeopleDetector())
+    return hog
 
 
 class HogDetector:

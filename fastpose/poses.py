@@ -107,13 +107,13 @@ class Poses:
             )
         return results
 
-    def draw(self, image: Array, threshold: float = 0.05) -> Array:
+    def draw(self, image: Array, threshold: float = 0.25) -> Array:
         """A copy of `image` (uint8 [H, W, 3]) with the skeletons of keypoints that score at least `threshold`."""
         from fastpose.draw import draw_poses
 
         return draw_poses(image, self, threshold)
 
-    def save(self, path: str | Path, image: Array | None = None, threshold: float = 0.05) -> None:
+    def save(self, path: str | Path, image: Array | None = None, threshold: float = 0.25) -> None:
         """Write ``*.json``, or the drawing on `image` (RGB) to an image file. Written atomically.
 
         Raises:
