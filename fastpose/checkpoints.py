@@ -68,7 +68,7 @@ def read_info(path: str | Path) -> WeightsInfo:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     if "fastpose" not in metadata:
-        raise ValueError(f"{path} is a safetensors file without fastpose metadata; write it with fastpose.checkpoints.save_weights")
+        raise ValueError(f"{path} has no fastpose metadata; expected a file that fastpose wrote")
     try:
         return from_dict(WeightsInfo, json.loads(metadata["fastpose"]), "")
     except (ValueError, TypeError, AttributeError) as error:

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "--detector",
         default="auto",
         choices=("auto", "hog", "none"),
-        help="hog: OpenCV's people detector; none: each image is one person; auto: hog, else the whole image",
+        help="hog: OpenCV's people detector; none: each image is one person; auto: whichever fits better",
     )
     p.add_argument("--output", metavar="DIR", default="poses", help="folder for results (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="results file (default: DIR/poses.json)")

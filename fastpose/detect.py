@@ -36,7 +36,8 @@ def _hog() -> Any:
     if not hasattr(cv2, "HOGDescriptor"):
         raise ImportError(HOG_MISSING)
     hog = cv2.HOGDescriptor()
-    hog.setSVMDetector(cv2.HOGDescriptor_getDefaultPeopleDetector())
+    people = "HOGDescriptor_getDefaultPeopleDetector"  # absent from the stubs of OpenCV 5
+    hog.setSVMDetector(getattr(cv2, people)())
     return hog
 
 
@@ -82,16 +83,11 @@ def whole_image(image: Array) -> tuple[Array, Array]:
     return np.array([[0, 0, width, height]], np.float32), np.ones(1, np.float32)
 
 
-def hog_or_whole_image(image: Array, hog: HogDetector) -> tuple[Array, Array]:
-    """HOG's people, or the whole image where it finds nobody."""
-    boxes, scores = hog(image)
-    return (boxes, scores) if len(boxes) else whole_image(image)
-
-
 def make_detector(detector: str | Detector | None) -> tuple[Detector, str]:
     """A detector from ``"auto"``, ``"hog"``, ``"none"`` (or None) or a callable, and a one-line notice, usually empty.
 
-    ``"auto"`` is HOG, and the whole image where HOG finds nobody or is not installed.
+    ``"auto"`` is HOG, or the whole image if HOG is not installed. (The estimator also tries the whole image beside
+    HOG's boxes: HOG misses close-ups and takes other things for people.)
 
     Raises:
         ValueError: another string. ImportError: ``"hog"`` without HOG.
@@ -105,6 +101,5 @@ def make_detector(detector: str | Detector | None) -> tuple[Detector, str]:
     if detector == "auto":
         if not hog_available():
             return whole_image, f"taking each image as one person: {HOG_MISSING}"
-        hog = HogDetector()
-        return (lambda image: hog_or_whole_image(image, hog)), ""
+        return HogDetector(), ""
     raise ValueError(f"detector must be 'auto', 'hog', 'none' or a callable, got {detector!r}")

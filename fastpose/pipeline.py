@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpose.checkpoints import WeightsInfo, read_info, resolve_weights
-from fastpose.detect import Detector, make_detector
+from fastpose.detect import Detector, make_detector, whole_image
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
 from fastpose.images import Array, to_rgb
 from fastpose.layers import channels_last
@@ -38,8 +38,8 @@ class PoseEstimator:
         weights: ``"default"`` (shipped with the package) or the path of a fastpose ``.safetensors`` file. Input size,
             crop rule, decoder and skeleton come from its metadata.
         detector: where boxes come from when none are given: ``"auto"`` (OpenCV's HOG people detector, or the whole
-            image where it finds nobody or is not installed), ``"hog"``, ``"none"`` (the whole image) or a callable
-            ``image -> boxes [P, 4] xyxy`` or ``-> (boxes, scores)``.
+            image where its keypoints score higher than those of HOG's people), ``"hog"``, ``"none"`` (the whole image)
+            or a callable ``image -> boxes [P, 4] xyxy`` or ``-> (boxes, scores)``.
         device: where the network runs, e.g. ``"cpu"`` or ``"cuda"``; default CPU.
         batch_size: crops per forward pass.
         flip_test: average with the mirrored crop: more accurate, twice the work. None: as the weights recommend.
@@ -79,6 +79,7 @@ class PoseEstimator:
         self.skeleton: Skeleton = get_skeleton(self.info.skeleton)
         self.model = channels_last(network.to(self.device))
         self.detector, self.notice = make_detector(detector)
+        self.try_whole_image = isinstance(detector, str) and detector == "auto"
         self.batch_size = batch_size
         self.flip_test = self.info.flip_test if flip_test is None else flip_test
         self.nms, self.nms_threshold = nms, nms_threshold
@@ -120,13 +121,24 @@ class PoseEstimator:
         box_scores = np.concatenate([s for _, s, _ in found]) if found else np.zeros(0, np.float32)
         given = np.repeat([g for _, _, g in found], counts).astype(bool)
 
+        if self.try_whole_image:
+            extra = np.array([i for i, (_, _, g) in enumerate(found) if not g], np.int64)
+            whole = [whole_image(images[i])[0] for i in extra]
+            all_boxes = np.concatenate([all_boxes, *whole])
+            box_scores = np.concatenate([box_scores, np.ones(len(extra), np.float32)])
+            index, given = np.concatenate([index, extra]), np.concatenate([given, np.zeros(len(extra), bool)])
         keypoints, keypoint_scores = self._keypoints(images, all_boxes, index)
         scores = rescore(
             torch.from_numpy(keypoint_scores), torch.from_numpy(box_scores), self.keypoint_threshold
         ).numpy()
         keep = np.ones(len(index), bool)
-        if self.nms != "none" and not given.all():
-            scores, keep = self._suppress(keypoints, keypoint_scores, scores, all_boxes, index, given)
+        if self.try_whole_image:
+            keep = self._whole_or_detected(keypoint_scores.mean(1), index, given, len(extra))
+        if self.nms != "none" and not given[keep].all():
+            at = np.flatnonzero(keep)
+            scores[at], keep[at] = self._suppress(
+                keypoints[at], keypoint_scores[at], scores[at], all_boxes[at], index[at], given[at]
+            )
 
         results = []
         for i, image in enumerate(images):
@@ -169,6 +181,18 @@ class PoseEstimator:
             keypoints[part] = apply_affine(back, points.cpu().numpy().astype(np.float64))
             scores[part] = point_scores.cpu().numpy()
         return keypoints, scores
+
+    @staticmethod
+    def _whole_or_detected(fit: Array, index: Array, given: Array, extra: int) -> Array:
+        """Of each image keep the detected people or the whole image (the last `extra` entries): the better fit."""
+        keep = np.ones(len(index), bool)
+        for whole in range(len(index) - extra, len(index)):
+            detected = np.flatnonzero((index[: len(index) - extra] == index[whole]) & ~given[: len(index) - extra])
+            if len(detected) and fit[detected].max() > fit[whole]:
+                keep[whole] = False
+            else:
+                keep[detected] = False
+        return keep
 
     def _suppress(
         self, keypoints: Array, keypoint_scores: Array, scores: Array, boxes: Array, index: Array, given: Array

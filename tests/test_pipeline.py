@@ -169,6 +169,25 @@ def test_detectors(photo, monkeypatch):
         assert HOG_MISSING in notice and detect(photo)[0].tolist() == [[0, 0, 320, 240]]
 
 
+def test_auto_takes_the_whole_image_or_the_detected_people_whichever_fits(photo, monkeypatch):
+    pose = PoseEstimator(detector="none", nms="none")
+    pose.try_whole_image = True
+    pose.detector = lambda image: (np.array([[5.0, 5, 60, 90], [100, 20, 200, 230]]), np.array([0.3, 0.4]))
+    fits = {3: [0.1, 0.2, 0.3], 1: [0.5]}
+
+    def keypoints(images, boxes, index):
+        scores = np.repeat(np.array(fits[len(boxes)], np.float32)[:, None], 14, axis=1)
+        return np.zeros((len(boxes), 14, 2), np.float32), scores
+
+    monkeypatch.setattr(pose, "_keypoints", keypoints)
+    assert pose(photo).boxes.tolist() == [[0, 0, 320, 240]]
+    fits[3] = [0.1, 0.4, 0.3]
+    assert pose(photo).boxes.tolist() == [[100, 20, 200, 230], [5, 5, 60, 90]]
+    pose.detector = lambda image: []
+    assert pose(photo).boxes.tolist() == [[0, 0, 320, 240]]
+    assert pose(photo, [[1, 2, 30, 40]]).boxes.tolist() == [[1, 2, 30, 40]]
+
+
 def test_skeletons():
     for skeleton in (COCO17, LSP14, MPII16):
         order = skeleton.flip_indices

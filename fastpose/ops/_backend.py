@@ -23,7 +23,8 @@ def _load() -> tuple[bool, str]:
     if wish == "0":
         return False, "switched off by FASTPOSE_FUSED=0"
     if not LIBRARY.is_file():
-        reason = f"{LIBRARY.name} was not built (for the kernels: pip install --no-build-isolation with torch and a C++ compiler)"
+        how = "pip install --no-build-isolation, with torch and a C++ compiler present"
+        reason = f"{LIBRARY.name} was not built (for the kernels: {how})"
     else:
         try:
             torch.ops.load_library(str(LIBRARY))
