@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpose.ops import dw_upsample, use_fused
+from fastpose.ops import dw_upsample, ghost_cheap, use_fused
 
 
 def activation(name: str) -> nn.Module:
@@ -30,7 +30,10 @@ def activation(name: str) -> nn.Module:
 
 
 class ConvBNAct(nn.Sequential):
-    """Convolution (no bias, "same" padding k // 2), batch norm, activation. [B, I, H, W] -> [B, O, H/s, W/s]."""
+    """Convolution (no bias, "same" padding k // 2), batch norm, activation. [B, I, H, W] -> [B, O, H/s, W/s].
+
+    The parts are called ``conv``, ``bn`` and ``act``, as in the checkpoints of the OpenMMLab packages.
+    """
 
     def __init__(
         self,
@@ -41,8 +44,68 @@ class ConvBNAct(nn.Sequential):
         groups: int = 1,
         act: str = "none",
     ) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(out_channels), activation(act))
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.act = activation(act)
+
+
+class DepthwiseSeparable(nn.Module):
+    """Depthwise 3x3 convolution and batch norm (no activation), then 1x1 convolution, batch norm and activation."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, act: str = "relu") -> None:
+        super().__init__()
+        self.depthwise = ConvBNAct(in_channels, in_channels, 3, stride, groups=in_channels)
+        self.pointwise = ConvBNAct(in_channels, out_channels, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
+
+
+class GhostModule(nn.Module):
+    """Ghost module (Han et al., GhostNet, CVPR 2020): [B, I, H, W] -> [B, O, H, W], half of it by a cheap operation.
+
+    Primary features: 1x1 convolution to O / ratio channels, batch norm, activation. The rest comes from them by a
+    depthwise k x k convolution, batch norm and activation, and stands behind them. In eval mode the second half is one
+    `ghost_cheap` call that writes beside the first, without a concatenation.
+    """
+
+    fused: Final[bool]
+    act: Final[str]
+
+    def __init__(
+        self, in_channels: int, out_channels: int, act: str = "relu", ratio: int = 2, kernel_size: int = 3
+    ) -> None:
+        super().__init__()
+        if out_channels % ratio != 0:
+            raise ValueError(f"GhostModule: out_channels must be a multiple of ratio {ratio}, got {out_channels}")
+        width = out_channels // ratio
+        self.primary = ConvBNAct(in_channels, width, act=act)
+        self.cheap = ConvBNAct(width, out_channels - width, kernel_size, groups=width, act=act)
+        self.act = act
+        self.fused = use_fused()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.primary(x)
+        if self.fused and not self.training:
+            bn = self.cheap.bn
+            weight, bias = fold_batch_norm(
+                self.cheap.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
+            )
+            return ghost_cheap(y, weight, bias, self.act)
+        return torch.cat([y, self.cheap(y)], 1)
+
+
+class SpatialAttention(nn.Module):
+    """Spatial gate of CBAM: sigmoid of a 7x7 convolution (no bias) over channel mean and maximum, [B, 1, H, W]."""
+
+    def __init__(self, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel_size, 1, kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)))
 
 
 class SqueezeExcite(nn.Module):
@@ -99,6 +162,26 @@ class DWUpsampleBNAct(nn.Module):
             )
             return dw_upsample(x, weight, bias, self.act, self.stride, self.padding)
         return self.activation(self.bn(self.conv(x)))
+
+
+def channel_shuffle(x: Tensor, groups: int = 2) -> Tensor:
+    """Interleave the channels of `groups` equal parts (Zhang et al., ShuffleNet): [B, C, H, W] -> the same shape."""
+    b, c, h, w = x.shape
+    return x.view(b, groups, c // groups, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def check_images(x: Tensor, multiple: int, name: str) -> None:
+    """Raise a ValueError unless `x` is [B, 3, H, W] with H and W positive multiples of `multiple`."""
+    if (
+        x.dim() != 4
+        or x.shape[1] != 3
+        or x.shape[2] % multiple != 0
+        or x.shape[3] % multiple != 0
+        or x.shape[2] * x.shape[3] == 0
+    ):
+        raise ValueError(
+            f"{name}: input must be [B, 3, H, W] with H and W positive multiples of {multiple}, got {list(x.shape)}"
+        )
 
 
 def channels_last(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ class Skeleton:
         flip_pairs: pairs of indices that change places when the image is mirrored.
         sigmas: per-keypoint standard deviations of the annotation, relative to the square root of the object's area
             (the COCO ``sigmas``; OKS uses ``(2 * sigma) ** 2 * area`` in its denominator).
+        upper_body: indices of the keypoints above the waist, for half-body augmentation; the rest are the lower body.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Skeleton:
     links: tuple[tuple[int, int], ...]
     flip_pairs: tuple[tuple[int, int], ...]
     sigmas: tuple[float, ...]
+    upper_body: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         k = len(self.names)
@@ -38,6 +40,8 @@ class Skeleton:
                     raise ValueError(
                         f"skeleton {self.name!r}: {what} must hold two different indices below {k}, got {(a, b)}"
                     )
+        if any(not 0 <= i < k for i in self.upper_body):
+            raise ValueError(f"skeleton {self.name!r}: upper_body must hold indices below {k}, got {self.upper_body}")
         flat = [i for pair in self.flip_pairs for i in pair]
         if len(set(flat)) != len(flat):
             raise ValueError(f"skeleton {self.name!r}: a keypoint occurs twice in flip_pairs {self.flip_pairs}")
@@ -120,6 +124,7 @@ COCO17 = Skeleton(
         0.089,
     ),
     # fmt: on
+    upper_body=tuple(range(11)),
 )
 
 LSP14 = Skeleton(
@@ -161,6 +166,7 @@ LSP14 = Skeleton(
     # fmt: off
     sigmas=(0.089, 0.087, 0.107, 0.107, 0.087, 0.089, 0.062, 0.072, 0.079, 0.079, 0.072, 0.062, 0.079, 0.079),
     # fmt: on
+    upper_body=tuple(range(6, 14)),
 )
 
 MPII16 = Skeleton(
@@ -222,6 +228,7 @@ MPII16 = Skeleton(
         0.062,
     ),
     # fmt: on
+    upper_body=tuple(range(7, 16)),
 )
 
 SKELETONS: dict[str, Skeleton] = {s.name: s for s in (COCO17, LSP14, MPII16)}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -8,35 +9,31 @@ import torch
 from torch import nn
 
 import fastpose
-from fastpose.layers import DWUpsampleBNAct
+from fastpose.counting import count_macs, count_parameters
+from fastpose.layers import DWUpsampleBNAct, GhostModule
+from fastpose.models._registry import model_entry
 from tests.conftest import needs_kernels
 
-# name: (parameters, multiply-accumulates) at 256x192 and 17 keypoints
+# name: exact (parameters, multiply-accumulates) at the paper's input size and number of keypoints
 COUNTS = {
+    "hrnet_w32": (28_536_113, 7_645_003_776),
     "mobileposenet": (1_505_279, 557_328_992),
-    "mobileposenet_v1": (2_490_799, None),
-    "mobileposenet_v2": (2_080_879, None),
+    "mobileposenet_v1": (2_490_799, 620_525_152),
+    "mobileposenet_v2": (2_080_879, 699_844_192),
 }
+# heavy networks: fewer sizes, so that the suite stays short
+LARGE = {"hrnet_w32"}
+MODELS = fastpose.list_models()
 
 
-def count_macs(model: nn.Module, x: torch.Tensor) -> int:
-    """Multiply-accumulates of all convolutions; a transposed one costs its weights once per *input* position."""
-    total = 0
+def test_every_model_is_counted():
+    assert set(COUNTS) == set(MODELS)
 
-    def add(module, inputs, output):
-        nonlocal total
-        if isinstance(module, nn.ConvTranspose2d):
-            positions = inputs[0].shape[2] * inputs[0].shape[3]
-            total += module.weight.numel() * positions
-        else:
-            total += module.weight.numel() * output.shape[2] * output.shape[3]
 
-    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-    with torch.no_grad():
-        model(x)
-    for hook in hooks:
-        hook.remove()
-    return total
+def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """What the model returns, as a list: heatmaps, or for bottom-up networks several maps."""
+    y = model(x)
+    return list(y) if isinstance(y, (tuple, list)) else [y]
 
 
 def build(name: str, **changes) -> nn.Module:
@@ -52,8 +49,13 @@ def build(name: str, **changes) -> nn.Module:
     return model.eval()
 
 
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max())
+def relative(got, expected) -> float:
+    """Largest difference over the largest value, the worst of all outputs."""
+    got, expected = ([v] if isinstance(v, torch.Tensor) else list(v) for v in (got, expected))
+    return max(
+        float((g.double() - e.double()).abs().max() / e.double().abs().max())
+        for g, e in zip(got, expected, strict=True)
+    )
 
 
 def reference_copy(model: nn.Module, name: str, **changes) -> nn.Module:
@@ -62,16 +64,12 @@ def reference_copy(model: nn.Module, name: str, **changes) -> nn.Module:
     return fastpose.set_fused(other.eval(), False)
 
 
-@pytest.mark.parametrize("name", fastpose.list_models())
+@pytest.mark.parametrize("name", MODELS)
 def test_counts(name):
-    parameters, macs = COUNTS[name]
-    model = fastpose.set_fused(fastpose.create_model(name).eval(), False)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    counted = count_macs(model, torch.zeros(1, 3, 256, 192))
-    if macs is not None:
-        assert counted == macs
-    else:  # the ablations' published 604 M and 684 M, which count differently
-        assert abs(counted / {"mobileposenet_v1": 620.5e6, "mobileposenet_v2": 699.8e6}[name] - 1) < 1e-3
+    entry = model_entry(name)
+    model = fastpose.create_model(name)
+    assert (count_parameters(model), count_macs(model, entry.input_size)) == COUNTS[name]
+    assert model.training and all(m.fused == fastpose.use_fused() for m in model.modules() if hasattr(m, "fused"))
 
 
 def test_variants():
@@ -81,37 +79,49 @@ def test_variants():
     assert round(sum(p.numel() for p in expand.parameters()) / 1e6, 3) == 2.726
 
 
-@pytest.mark.parametrize("size", [(256, 192), (32, 64), (160, 160)])
-@pytest.mark.parametrize("name", fastpose.list_models())
-def test_forward_fused_equals_reference(name, size):
+def sizes(name: str) -> list[tuple[int, int]]:
+    """The paper's input size, one wide and one small."""
+    model, paper = fastpose.create_model(name), model_entry(name).input_size
+    m = model.input_multiple
+    others = [(m, 2 * m), (3 * m, m)]
+    return others if name in LARGE else [paper, *others]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_fused_equals_reference(name):
     model = build(name, num_keypoints=5)
     reference = reference_copy(model, name, num_keypoints=5)
-    x = torch.randn(3, 3, *size)
+    for size in sizes(name):
+        x = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            expected = outputs(reference, x)
+            assert all(y.isfinite().all() and len(y) == 3 for y in expected)
+            if not isinstance(model(x), (tuple, list)):
+                assert expected[0].shape == (3, 5, size[0] // 4, size[1] // 4)
+            assert relative(outputs(model, x), expected) < 1e-5
+            last = x.contiguous(memory_format=torch.channels_last)
+            assert relative(outputs(copy.deepcopy(model).to(memory_format=torch.channels_last), last), expected) < 1e-5
+            assert relative(outputs(model, x[:1]), [y[:1] for y in expected]) < 1e-5
     with torch.no_grad():
-        expected = reference(x)
-        assert expected.shape == (3, 5, size[0] // 4, size[1] // 4)
-        assert relative(model(x), expected) < 1e-5
-        assert (
-            relative(model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)), expected)
-            < 1e-5
-        )
-        assert relative(model(x[:1]), expected[:1]) < 1e-5
-        exact = reference.double()(x.double())
-        assert relative(expected.double(), exact) < 1e-5
+        exact = outputs(copy.deepcopy(reference).double(), x.double())
+    assert relative(expected, exact) < 1e-4
 
 
-@pytest.mark.parametrize("name", fastpose.list_models())
+@pytest.mark.parametrize("name", MODELS)
 def test_backward(name):
-    x = torch.randn(2, 3, 64, 64)
+    m = fastpose.create_model(name).input_multiple
+    x = torch.randn(2, 3, 2 * m, 2 * m, dtype=torch.float64)
     gradients = []
     for on in (fastpose.use_fused(), False):
         torch.manual_seed(1)
-        model = fastpose.set_fused(fastpose.create_model(name, num_keypoints=3), on).train()
-        model(x).square().mean().backward()
+        model = fastpose.set_fused(fastpose.create_model(name, num_keypoints=3), on).double().train()
+        sum(y.square().mean() for y in outputs(model, x)).backward()
+        # a parameter without gradient would stop distributed training
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         gradients.append([p.grad for p in model.parameters()])
+    largest = max(float(g.abs().max()) for g in gradients[1])
     for fused, reference in zip(*gradients, strict=True):
-        assert torch.allclose(fused, reference, rtol=1e-3, atol=1e-6)
+        assert float((fused - reference).abs().max()) < 1e-9 * largest
 
 
 def test_folded_weights_are_never_stale():
@@ -127,22 +137,26 @@ def test_folded_weights_are_never_stale():
         assert relative(a.eval()(x), reference_copy(a, "mobileposenet")(x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", fastpose.list_models())
+@pytest.mark.parametrize("name", MODELS)
 def test_script_and_export(name, tmp_path):
     model = build(name, num_keypoints=4)
-    x = torch.randn(2, 3, 64, 96)
+    m = model.input_multiple
+    x = torch.randn(2, 3, m, 2 * m)
     with torch.no_grad():
-        expected = model(x)
+        expected = outputs(model, x)
         scripted = torch.jit.script(model)
         torch.jit.save(scripted, tmp_path / "model.pt")
-        assert relative(torch.jit.load(tmp_path / "model.pt")(x), expected) < 1e-5
-        assert relative(torch.jit.freeze(scripted)(x), expected) < 1e-5
+        assert relative(outputs(torch.jit.load(tmp_path / "model.pt"), x), expected) < 1e-5
+        assert relative(outputs(torch.jit.freeze(scripted), x), expected) < 1e-5
         batch = torch.export.Dim("batch", min=2, max=64)
         exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}})
-        assert relative(exported.module()(torch.cat([x, x])), torch.cat([expected, expected])) < 1e-5
-    if fastpose.use_fused() and any(isinstance(m, DWUpsampleBNAct) for m in model.modules()):
-        assert "fastpose::dw_upsample" in str(scripted.inlined_graph)
-        assert "fastpose.dw_upsample" in str(exported.graph)
+        twice = [torch.cat([y, y]) for y in expected]
+        assert relative(outputs(exported.module(), torch.cat([x, x])), twice) < 1e-5
+    if fastpose.use_fused():
+        for layer, op in ((DWUpsampleBNAct, "dw_upsample"), (GhostModule, "ghost_cheap")):
+            if any(isinstance(m, layer) for m in model.modules()):
+                assert f"fastpose::{op}" in str(scripted.inlined_graph)
+                assert f"fastpose.{op}" in str(exported.graph)
 
 
 def test_scripted_reference_loads_without_fastpose(tmp_path):
@@ -175,19 +189,25 @@ def test_scripted_fused_model_loads_with_the_library_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-def test_autocast_bfloat16():
-    model, x = build("mobileposenet"), torch.randn(2, 3, 64, 64)
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_bfloat16(name):
+    model = build(name)
+    x = torch.randn(2, 3, 2 * model.input_multiple, 2 * model.input_multiple)
     with torch.no_grad():
-        expected = model(x)
+        expected = outputs(model, x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = model(x)
-    assert relative(got.float(), expected) < 0.05
+            got = outputs(model, x)
+    # bfloat16 has 8 bits of mantissa (0.4 %); the error grows with depth. Stated: within 10 % of the largest value
+    assert relative(got, expected) < 0.1
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 100, 64), (1, 4, 64, 64), (3, 64, 64), (1, 3, 0, 64)])
-def test_wrong_input_says_what_is_needed(shape):
-    with pytest.raises(ValueError, match="multiples of 16, got"):
-        fastpose.create_model("mobileposenet")(torch.zeros(shape))
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_input_says_what_is_needed(name):
+    model = fastpose.create_model(name)
+    m = model.input_multiple
+    for shape in ((1, 3, m + 1, m), (1, 3, m, m + m // 2), (1, 4, m, m), (3, m, m), (1, 3, 0, m)):
+        with pytest.raises(ValueError, match=f"multiples of {m}, got"):
+            model(torch.zeros(shape))
 
 
 def test_unknown_names():

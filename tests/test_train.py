@@ -14,7 +14,7 @@ from fastpose.checkpoints import read_info
 from fastpose.config import read_config
 from fastpose.data import load_lspet
 from fastpose.data.base import boxes_of_keypoints
-from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches
+from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches, half_body_box
 from fastpose.metrics import pck, torso_lengths
 from fastpose.skeletons import LSP14
 from fastpose.train import Schedule, Stage, TrainConfig, train
@@ -209,3 +209,15 @@ def test_pck_by_hand():
     total, per_keypoint = pck(predictions, keypoints, labelled, lengths)
     assert np.isclose(total, 100 * 12 / 13)
     assert per_keypoint[0] == 100 and per_keypoint[1] == 0 and np.isnan(per_keypoint[3])
+
+
+def test_half_body_box_holds_one_half():
+    keypoints = np.stack([np.arange(14.0), 10 * np.arange(14.0)], 1)
+    labelled = np.ones(14, bool)
+    whole = np.array([0.0, 0.0, 1.0, 1.0])
+    lower = half_body_box(keypoints, labelled, LSP14, False, whole)  # keypoints 0 to 5: 50 high, so a margin of 12.5
+    assert np.allclose(lower, [-12.5, -12.5, 17.5, 62.5])
+    upper = half_body_box(keypoints, labelled, LSP14, True, whole)  # 6 to 13
+    assert np.allclose(upper, [6 - 17.5, 60 - 17.5, 13 + 17.5, 130 + 17.5])
+    labelled[:3] = False
+    assert half_body_box(keypoints, labelled, LSP14, False, whole) is whole  # three are too few

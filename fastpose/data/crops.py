@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from fastpose.data.base import Array, PoseData
 from fastpose.geometry import apply_affine, crop_matrix, warp_crop
+from fastpose.skeletons import Skeleton
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Augmentation:
         log_scale: the crop's size is multiplied by exp(u), u uniform in +- this.
         shift: displacement of the crop in x and y, uniform in +- this fraction of its width.
         mirror: probability of exchanging left and right.
+        half_body: probability of cropping around the keypoints above or below the waist only.
         contrast: factor uniform in exp(+- this); gain: standard deviation of a factor per colour channel;
         brightness: uniform +- this, in grey levels; grey: probability of removing colour.
         erase: probability of covering one random rectangle with noise.
@@ -35,6 +37,7 @@ class Augmentation:
     log_scale: float = 0.0
     shift: float = 0.0
     mirror: float = 0.0
+    half_body: float = 0.0
     contrast: float = 0.0
     gain: float = 0.0
     brightness: float = 0.0
@@ -120,8 +123,12 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             mirror = bool(rng.random() < a.mirror)
             turn = rng.random() < a.any_rotation
             rotation = rng.uniform(-180, 180) if turn else rng.normal() * a.rotation_sd
+            box = person.box
+            if rng.random() < a.half_body:
+                upper = rng.random() < 0.7
+                box = half_body_box(person.keypoints, valid, self.store.data.skeleton, upper, box)
             matrix = crop_matrix(
-                person.box,
+                box,
                 self.size,
                 self.store.padding,
                 rotation=rotation,
@@ -137,6 +144,22 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         inside = (points > -0.5).all(1) & (points < [width - 0.5, height - 0.5]).all(1)
         chw = np.ascontiguousarray(crop.transpose(2, 0, 1))
         return torch.from_numpy(chw), torch.from_numpy(points.astype(np.float32)), torch.from_numpy(valid & inside)
+
+
+def half_body_box(keypoints: Array, labelled: Array, skeleton: Skeleton, upper: bool, box: Array) -> Array:
+    """Box around the labelled keypoints of one half of the body with a quarter of its longer side around them.
+
+    Args:
+        keypoints: [K, 2]; labelled: bool [K]; upper: which half; box: returned if that half has fewer than 4 labels.
+    """
+    half = np.zeros(skeleton.num_keypoints, bool)
+    half[list(skeleton.upper_body)] = True
+    points = keypoints[(half == upper) & labelled]
+    if len(points) < 4:
+        return box
+    low, high = points.min(0), points.max(0)
+    margin = 0.25 * max(float((high - low).max()), 1.0)
+    return np.concatenate([low - margin, high + margin])
 
 
 def _change_colours(crop: Array, a: Augmentation, rng: np.random.Generator) -> Array:

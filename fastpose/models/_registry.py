@@ -1,28 +1,84 @@
-"""The model registry: one dict from name to constructor."""
+"""The model registry: one dict from name to constructor, and what was published about each network."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {}
+Constructor = Callable[..., nn.Module]
 
 
-def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Decorator: make the constructor `fn` available as ``create_model(fn.__name__)``."""
-    name = fn.__name__
-    if name in _MODELS:
-        raise ValueError(f"model name {name!r} is registered twice")
-    _MODELS[name] = fn
-    return fn
+@dataclass(frozen=True)
+class Published:
+    """Figures as printed for a network, for comparison with our own counts.
+
+    Attributes:
+        source: the paper or repository that prints them.
+        input_size: (height, width).
+        parameters: in millions.
+        gflops: multiply-accumulates as printed; `unit` says in what: ``"1e9"``, ``"2^30"`` or ``"?"`` where unknown.
+        accuracy: metric, data set and value, e.g. ``"AP 74.4 COCO val"``.
+    """
+
+    source: str
+    input_size: tuple[int, int]
+    parameters: float | None = None
+    gflops: float | None = None
+    unit: str = "?"
+    accuracy: str = ""
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A registered network.
+
+    Attributes:
+        name: what :func:`create_model` accepts; build: the constructor.
+        input_size: (height, width) the paper works at; num_keypoints: its number of keypoints.
+        published: figures as printed, the network's own paper first.
+    """
+
+    name: str
+    build: Constructor
+    input_size: tuple[int, int]
+    num_keypoints: int
+    published: tuple[Published, ...]
+
+
+_MODELS: dict[str, ModelEntry] = {}
+
+
+def register_model(
+    input_size: tuple[int, int] = (256, 192), num_keypoints: int = 17, published: tuple[Published, ...] = ()
+) -> Callable[[Constructor], Constructor]:
+    """Decorator: make the constructor `fn` available as ``create_model(fn.__name__)``; arguments as in ModelEntry."""
+
+    def register(fn: Constructor) -> Constructor:
+        name = fn.__name__
+        if name in _MODELS:
+            raise ValueError(f"model name {name!r} is registered twice")
+        _MODELS[name] = ModelEntry(name, fn, input_size, num_keypoints, published)
+        return fn
+
+    return register
 
 
 def list_models() -> list[str]:
     """Names accepted by :func:`create_model`, sorted."""
     return sorted(_MODELS)
+
+
+def model_entry(name: str) -> ModelEntry:
+    """What is known about the network called `name`; raises ValueError with the nearest names if there is none."""
+    if name not in _MODELS:
+        near = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"unknown model {name!r}{hint} (known: {', '.join(list_models())})")
+    return _MODELS[name]
 
 
 def create_model(
@@ -32,31 +88,29 @@ def create_model(
 
     Args:
         name: one of :func:`list_models`.
-        num_keypoints: number of heatmaps K; ``None`` takes it from `weights`, or 17 without weights.
+        num_keypoints: number of keypoints K; ``None`` takes it from `weights`, or the paper's without weights.
         weights: ``None`` (random initialisation), ``"default"`` (the weights shipped with the package) or the path of a
             fastpose ``.safetensors`` file.
         **changes: fields of the model's config dataclass to override.
 
     Returns:
         The network in training mode without weights, in eval mode with them. Called on images [B, 3, H, W] (RGB,
-        ImageNet mean and standard deviation) it returns heatmaps [B, K, H/4, W/4].
+        ImageNet mean and standard deviation) it returns heatmaps [B, K, H/4, W/4]; the bottom-up networks return what
+        their docstrings say.
 
     Raises:
         ValueError: unknown name, config field or weights, or weights that do not fit the network.
         FileNotFoundError: a `weights` path that does not exist.
     """
-    if name not in _MODELS:
-        near = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"unknown model {name!r}{hint} (known: {', '.join(list_models())})")
+    entry = model_entry(name)
     if weights is None:
-        return _MODELS[name](num_keypoints=17 if num_keypoints is None else num_keypoints, **changes)
+        return entry.build(num_keypoints=entry.num_keypoints if num_keypoints is None else num_keypoints, **changes)
 
     from fastpose.checkpoints import load_state, read_info, resolve_weights
 
     path = resolve_weights(weights, name)
     if num_keypoints is None:
         num_keypoints = read_info(path).num_keypoints
-    model = _MODELS[name](num_keypoints=num_keypoints, **changes)
+    model = entry.build(num_keypoints=num_keypoints, **changes)
     load_state(model, path, name)
     return model.eval()

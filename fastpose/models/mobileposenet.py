@@ -26,8 +26,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from fastpose.layers import ConvBNAct, DWUpsampleBNAct, SqueezeExcite
-from fastpose.models._registry import register_model
+from fastpose.layers import ConvBNAct, DWUpsampleBNAct, SqueezeExcite, check_images
+from fastpose.models._registry import Published, register_model
 
 # One row of Table 1: kernel, expansion width, output width, squeeze-and-excitation, activation, stride.
 Row = tuple[int, int, int, bool, str, int]
@@ -143,27 +143,26 @@ class MobilePoseNet(nn.Module):
         self.input_multiple = multiple
 
     def forward(self, x: Tensor) -> Tensor:
-        m = self.input_multiple
-        if (
-            x.dim() != 4
-            or x.shape[1] != 3
-            or x.shape[2] % m != 0
-            or x.shape[3] % m != 0
-            or x.shape[2] * x.shape[3] == 0
-        ):
-            raise ValueError(
-                f"MobilePoseNet: input must be [B, 3, H, W] with H and W positive multiples of {m}, got {list(x.shape)}"
-            )
+        check_images(x, self.input_multiple, "MobilePoseNet")
         return self.head(self.decoder(self.blocks(self.stem(x))))
 
 
-@register_model
+PAPER = "Niu et al. 2021"
+
+
+@register_model(
+    published=(
+        Published(PAPER, (256, 192), 1.5, 0.557, "1e9", "AP 66.2 COCO val"),
+        Published(PAPER, (384, 288), 1.5, 1.23, "?", "AP 69.0 COCO val"),
+        Published(PAPER, (256, 256), 1.5, 0.74, "1e9", "PCKh@0.5 87.3 MPII val"),
+    )
+)
 def mobileposenet(**changes: Any) -> MobilePoseNet:
     """MobilePoseNet as in Table 1: 1,505,279 parameters, 557,328,992 multiply-accumulates at 256x192, 17 keypoints."""
     return MobilePoseNet(replace(MobilePoseNetConfig(), **changes))
 
 
-@register_model
+@register_model(published=(Published(PAPER, (256, 192), 2.5, 0.604, "?", "AP 65.2 COCO val"),))
 def mobileposenet_v1(**changes: Any) -> MobilePoseNet:
     """Ablation V1: block 13 has stride 2, three dense transposed convolutions. 2,490,799 parameters."""
     k, width, out, se, act, _ = TABLE_1[12]
@@ -172,7 +171,7 @@ def mobileposenet_v1(**changes: Any) -> MobilePoseNet:
     return MobilePoseNet(replace(config, **changes))
 
 
-@register_model
+@register_model(published=(Published(PAPER, (256, 192), 2.1, 0.684, "?", "AP 66.2 COCO val"),))
 def mobileposenet_v2(**changes: Any) -> MobilePoseNet:
     """Ablation V2: two dense transposed convolutions. 2,080,879 parameters."""
     config = MobilePoseNetConfig(upsampling="dense", upsampling_blocks=2)
