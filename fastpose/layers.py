@@ -17,12 +17,14 @@ from fastpose.ops import dw_upsample, ghost_cheap, use_fused
 
 
 def activation(name: str) -> nn.Module:
-    """Module for an activation name: ``none``, ``relu``, ``hardswish`` or ``silu``."""
+    """Module for an activation name: ``none``, ``relu``, ``relu6``, ``hardswish``, ``silu`` or ``sigmoid``."""
     table: dict[str, type[nn.Module]] = {
         "none": nn.Identity,
         "relu": nn.ReLU,
+        "relu6": nn.ReLU6,
         "hardswish": nn.Hardswish,
         "silu": nn.SiLU,
+        "sigmoid": nn.Sigmoid,
     }
     if name not in table:
         raise ValueError(f"unknown activation {name!r}; expected one of {', '.join(table)}")
@@ -51,16 +53,28 @@ class ConvBNAct(nn.Sequential):
         self.act = activation(act)
 
 
+class ConvAct(nn.Sequential):
+    """1x1 convolution with bias and activation; its parts are called ``conv`` and ``act`` as those of ConvBNAct."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 1, act: str = "none") -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups)
+        self.act = activation(act)
+
+
 class DepthwiseSeparable(nn.Module):
-    """Depthwise 3x3 convolution and batch norm (no activation), then 1x1 convolution, batch norm and activation."""
+    """Depthwise 3x3 convolution and batch norm (no activation), then 1x1 convolution, batch norm and activation.
+
+    The parts are called ``depthwise_conv`` and ``pointwise_conv``, as in the checkpoints of the OpenMMLab packages.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, act: str = "relu") -> None:
         super().__init__()
-        self.depthwise = ConvBNAct(in_channels, in_channels, 3, stride, groups=in_channels)
-        self.pointwise = ConvBNAct(in_channels, out_channels, act=act)
+        self.depthwise_conv = ConvBNAct(in_channels, in_channels, 3, stride, groups=in_channels)
+        self.pointwise_conv = ConvBNAct(in_channels, out_channels, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pointwise(self.depthwise(x))
+        return self.pointwise_conv(self.depthwise_conv(x))
 
 
 class GhostModule(nn.Module):

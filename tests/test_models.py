@@ -17,12 +17,16 @@ from tests.conftest import needs_kernels
 # name: exact (parameters, multiply-accumulates) at the paper's input size and number of keypoints
 COUNTS = {
     "hrnet_w32": (28_536_113, 7_645_003_776),
+    "lite_hrnet_18": (1_130_769, 198_626_688),
+    "lite_hrnet_30": (1_763_717, 309_451_488),
     "mobileposenet": (1_505_279, 557_328_992),
     "mobileposenet_v1": (2_490_799, 620_525_152),
     "mobileposenet_v2": (2_080_879, 699_844_192),
+    "naive_lite_hrnet_18": (760_365, 185_517_888),
+    "wider_naive_lite_hrnet_18": (1_318_625, 302_331_648),
 }
 # heavy networks: fewer sizes, so that the suite stays short
-LARGE = {"hrnet_w32"}
+LARGE = {"hrnet_w32", "lite_hrnet_30"}
 MODELS = fastpose.list_models()
 
 

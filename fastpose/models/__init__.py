@@ -2,6 +2,7 @@
 
 from fastpose.models import (  # noqa: F401
     hrnet,
+    lite_hrnet,
     mobileposenet,
 )
 from fastpose.models._registry import create_model, list_models, register_model

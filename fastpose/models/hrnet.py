@@ -101,7 +101,7 @@ Link = Callable[[int, int, int], nn.Module]
 
 
 class Exchange(nn.ModuleList):
-    """The links from every branch j to the first `outputs` branches i, as rows of a table; the identity where i = j.
+    """``y_i = relu(sum_j link_ij(x_j))`` for the first `outputs` branches i; the identity where i = j.
 
     `up` and `down` build a link from its input width, output width and factor (up) or number of halvings (down).
     """
@@ -122,9 +122,18 @@ class Exchange(nn.ModuleList):
             rows.append(nn.ModuleList(row))
         super().__init__(rows)
 
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        for row in self:
+            total = x[0]
+            for j, link in enumerate(row):  # type: ignore
+                total = link(x[0]) if j == 0 else total + link(x[j])
+            outputs.append(F.relu(total))
+        return outputs
+
 
 class HRModule(nn.Module):
-    """Residual blocks on every branch, then ``y_i = relu(sum_j link_ij(x_j))`` for the first `outputs` branches."""
+    """Residual blocks on every branch, then the exchange, which leaves the first `outputs` branches."""
 
     def __init__(
         self,
@@ -143,13 +152,7 @@ class HRModule(nn.Module):
         x: list[Tensor] = []
         for j, branch in enumerate(self.branches):
             x.append(branch(inputs[j]))
-        outputs: list[Tensor] = []
-        for row in self.fuse_layers:
-            total = x[0]
-            for j, link in enumerate(row):  # type: ignore[var-annotated, arg-type]
-                total = link(x[0]) if j == 0 else total + link(x[j])
-            outputs.append(F.relu(total))
-        return outputs
+        return self.fuse_layers(x)
 
 
 def stage(widths: tuple[int, ...], modules: int, blocks: int, outputs: int, **parts: Any) -> nn.ModuleList:
