@@ -17,6 +17,7 @@ from tests.conftest import needs_kernels
 # name: exact (parameters, multiply-accumulates) at the paper's input size and number of keypoints
 COUNTS = {
     "hrnet_w32": (28_536_113, 7_645_003_776),
+    "lite_csw_hrnet": (892_481, 191_145_536),
     "lite_hrnet_18": (1_130_769, 198_626_688),
     "lite_hrnet_30": (1_763_717, 309_451_488),
     "mobileposenet": (1_505_279, 557_328_992),

@@ -2,6 +2,7 @@
 
 from fastpose.models import (  # noqa: F401
     hrnet,
+    lite_csw_hrnet,
     lite_hrnet,
     mobileposenet,
 )
