@@ -16,6 +16,7 @@ from tests.conftest import needs_kernels
 
 # name: exact (parameters, multiply-accumulates) at the paper's input size and number of keypoints
 COUNTS = {
+    "dite_hrnet_30": (1_860_041, 317_658_664),
     "hrnet_w32": (28_536_113, 7_645_003_776),
     "lite_csw_hrnet": (892_481, 191_145_536),
     "lite_hrnet_18": (1_130_769, 198_626_688),
@@ -27,7 +28,7 @@ COUNTS = {
     "wider_naive_lite_hrnet_18": (1_318_625, 302_331_648),
 }
 # heavy networks: fewer sizes, so that the suite stays short
-LARGE = {"hrnet_w32", "lite_hrnet_30"}
+LARGE = {"dite_hrnet_30", "hrnet_w32", "lite_hrnet_30"}
 MODELS = fastpose.list_models()
 
 

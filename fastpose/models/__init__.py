@@ -1,6 +1,7 @@
 """The networks. Each file is one network, readable top to bottom; importing it registers its names."""
 
 from fastpose.models import (  # noqa: F401
+    dite_hrnet,
     hrnet,
     lite_csw_hrnet,
     lite_hrnet,

@@ -324,6 +324,20 @@ class LiteStem(nn.Module):
         return channel_shuffle(torch.cat([self.branch1(a), b], 1), 2)
 
 
+class SplitStem(nn.Module):
+    """The same stem with the second half of the block in one piece, `branch2`, and both halves left to the caller."""
+
+    def __init__(self, width: int, branch1: nn.Module, branch2: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = ConvBNAct(3, width, 3, 2, act="relu")
+        self.branch1 = branch1
+        self.branch2 = branch2
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.conv1(x).chunk(2, 1)
+        return channel_shuffle(torch.cat([self.branch1(a), self.branch2(b)], 1), 2)
+
+
 class IterativeHead(nn.Module):
     """From the lowest resolution up: separable convolution to the next width, bilinear upsampling, addition.
 
