@@ -26,9 +26,10 @@ COUNTS = {
     "mobileposenet_v2": (2_080_879, 699_844_192),
     "naive_lite_hrnet_18": (760_365, 185_517_888),
     "wider_naive_lite_hrnet_18": (1_318_625, 302_331_648),
+    "x_hrnet_30": (2_117_657, 300_362_368),
 }
 # heavy networks: fewer sizes, so that the suite stays short
-LARGE = {"dite_hrnet_30", "hrnet_w32", "lite_hrnet_30"}
+LARGE = {"dite_hrnet_30", "hrnet_w32", "lite_hrnet_30", "x_hrnet_30"}
 MODELS = fastpose.list_models()
 
 

@@ -6,6 +6,7 @@ from fastpose.models import (  # noqa: F401
     lite_csw_hrnet,
     lite_hrnet,
     mobileposenet,
+    x_hrnet,
 )
 from fastpose.models._registry import create_model, list_models, register_model
 

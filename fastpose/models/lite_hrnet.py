@@ -366,12 +366,12 @@ class LiteFrame(nn.Module):
     """
 
     input_multiple: Final[int]
-    title: Final[str]
+    name: Final[str]
 
     def __init__(
         self,
         config: LiteFrameConfig,
-        title: str,
+        name: str,
         stem: nn.Module,
         layers: Layers,
         transition_relu: bool = True,
@@ -379,7 +379,7 @@ class LiteFrame(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.title = title
+        self.name = name
         w = config.widths
 
         def stage(branches: int) -> nn.ModuleList:
@@ -411,7 +411,7 @@ class LiteFrame(nn.Module):
         self.input_multiple = 32
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.input_multiple, self.title)
+        check_images(x, self.input_multiple, self.name)
         x = self.stem(x)
         branches = [self.transition0[0](x), self.transition0[1](x)]
         for module in self.stage0:
