@@ -125,15 +125,17 @@ class SpatialAttention(nn.Module):
 class SqueezeExcite(nn.Module):
     """Channel gate of squeeze-and-excitation: ``hardsigmoid(W2 relu(W1 mean(x) + b1) + b2)``, [B, C, 1, 1].
 
-    With ``residual`` the gate is ``1 + gate``, so that ``x * se(x)`` is ``x + x * gate`` (Eq. 5 of MobilePoseNet).
+    With ``residual`` the gate is ``1 + gate``, so that ``x * se(x)`` is ``x + x * gate`` (Eq. 5 of MobilePoseNet). The
+    hidden width is ``channels / ratio`` rounded to a multiple of `divisor`.
     """
 
     residual: Final[bool]
 
-    def __init__(self, channels: int, ratio: int = 4, residual: bool = False) -> None:
+    def __init__(self, channels: int, ratio: int = 4, residual: bool = False, divisor: int = 1) -> None:
         super().__init__()
-        self.reduce = nn.Conv2d(channels, channels // ratio, 1)
-        self.expand = nn.Conv2d(channels // ratio, channels, 1)
+        hidden = max(divisor, (channels // ratio + divisor // 2) // divisor * divisor)
+        self.reduce = nn.Conv2d(channels, hidden, 1)
+        self.expand = nn.Conv2d(hidden, channels, 1)
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,14 +17,18 @@ from tests.conftest import needs_kernels
 # name: exact (parameters, multiply-accumulates) at the paper's input size and number of keypoints
 COUNTS = {
     "dite_hrnet_30": (1_860_041, 317_658_664),
+    "ghostnet_pose": (8_706_388, 1_791_236_928),
     "hrnet_w32": (28_536_113, 7_645_003_776),
     "lite_csw_hrnet": (892_481, 191_145_536),
     "lite_hrnet_18": (1_130_769, 198_626_688),
     "lite_hrnet_30": (1_763_717, 309_451_488),
+    "mobilenetv2_pose": (9_569_552, 2_085_675_008),
+    "mobilenetv3_pose": (8_669_486, 1_931_879_008),
     "mobileposenet": (1_505_279, 557_328_992),
     "mobileposenet_v1": (2_490_799, 620_525_152),
     "mobileposenet_v2": (2_080_879, 699_844_192),
     "naive_lite_hrnet_18": (760_365, 185_517_888),
+    "shufflenetv2_pose": (7_550_708, 1_815_320_064),
     "wider_naive_lite_hrnet_18": (1_318_625, 302_331_648),
     "x_hrnet_30": (2_117_657, 300_362_368),
 }

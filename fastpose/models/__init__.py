@@ -2,10 +2,14 @@
 
 from fastpose.models import (  # noqa: F401
     dite_hrnet,
+    ghostnet_pose,
     hrnet,
     lite_csw_hrnet,
     lite_hrnet,
+    mobilenetv2_pose,
+    mobilenetv3_pose,
     mobileposenet,
+    shufflenetv2_pose,
     x_hrnet,
 )
 from fastpose.models._registry import create_model, list_models, register_model

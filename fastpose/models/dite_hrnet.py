@@ -10,19 +10,19 @@ branch, ``dcm.conv_mask.<last>``, which it never uses and which does not exist h
 ``aggregation.weight`` are [kernels, O, I, k, k], here [kernels, O, I * k * k], because a module with a parameter of
 five dimensions cannot be converted to channels-last.
 
-Two points in which that code differs from what it describes, with flags for it:
+Two points of that code look unintended; each has a flag that reproduces it:
 
 * ``legacy_fuse``, explained in `lite_hrnet`. Here the ReLU is in place too: the other branches see branch 1 after it.
-* ``legacy_pool``. The dense pooling shall give, in every cell of the smallest grid, the mean of the cell's pixels
-  weighted by the softmax of the mask over the cell. The code takes the softmax over the whole map, and reshapes
-  [C, cells * pixels] to [cells, C, pixels], which mixes up channels and places: what a cell receives as channel c
-  comes from another channel and another place of the map. We default to weighted means within the cells, which for a
-  single cell is exactly the global pooling of the code.
+* ``legacy_pool``. The dense pooling takes the features of every branch to the smallest grid, weighted by a softmax of
+  the mask. The code takes the softmax over the whole map and reshapes [C, cells * pixels] to [cells, C, pixels], which
+  mixes up channels and places: what a cell receives as channel c comes from another channel and another place of the
+  map. Our default is, in every cell, the mean of its pixels weighted by the softmax over the cell; where the grid is a
+  single cell, that is exactly the code's global pooling.
 
-The published results (68.3 AP) were obtained with both, for which set both flags.
+To reproduce the authors' network (68.3 AP) set both.
 
 Parameters 1,860,041 (published 1.8 M, cut off rather than rounded); multiply-accumulates at 256x192 317,658,664
-(published 329.8 M, whose counter also adds batch norm, activations and pooling). Initialisation is PyTorch's default,
+(published 329.8 M, what ours are too if batch norm counts one per element). Initialisation is PyTorch's default,
 for mixed kernels Kaiming's uniform.
 """
 
@@ -305,9 +305,9 @@ REPOSITORY = "Li et al. 2022, repository"
 
 @register_model(
     published=(
-        Published(REPOSITORY, (256, 192), 1.8, 0.3298, "?", "AP 68.3 COCO val"),
-        Published(REPOSITORY, (384, 288), 1.8, 0.7417, "?", "AP 71.5 COCO val"),
-        Published(REPOSITORY, (256, 256), 1.8, 0.4395, "?", "PCKh@0.5 87.6 MPII val"),
+        Published(REPOSITORY, (256, 192), 1.8, 0.3298, "1e9", "AP 68.3 COCO val"),
+        Published(REPOSITORY, (384, 288), 1.8, 0.7417, "1e9", "AP 71.5 COCO val"),
+        Published(REPOSITORY, (256, 256), 1.8, 0.4395, "1e9", "PCKh@0.5 87.6 MPII val"),
     )
 )
 def dite_hrnet_30(**changes: Any) -> DiteHRNet:

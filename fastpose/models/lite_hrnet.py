@@ -17,13 +17,13 @@ The published code adds in place onto the list entry of branch 1 and begins ever
 
 and ``y_i = relu(s_i)``: branch 1 counts twice, and the other branches see it after its own exchange, before its ReLU.
 All published weights were trained so; they give wrong heatmaps without ``legacy_fuse=True``. New networks take the
-sum of the paper (the default). Parameters and cost are the same. In training the published code evaluates each link
-of branch 1 twice, which moves its running statistics twice; here it is evaluated once and doubled.
+plain sum (the default). Parameters and cost are the same. In training the published code evaluates each link of branch
+1 twice, which moves its running statistics twice; here it is evaluated once and doubled.
 
 Attribute names are those of the published checkpoints (the original repository and OpenMMLab). Multiply-accumulates at
-256x192: 198.6 M (Lite-HRNet-18) and 309.5 M (-30). The repository prints 205.2 M and 319.2 M, as its counter adds batch
-norm, activations and pooling. Its naive networks print 0.7 M parameters where we count 760,365. Widths 30, 60, 120, 240
-are in no paper table, but in the repository's configuration. Initialisation is PyTorch's default.
+256x192: 198.6 M (Lite-HRNet-18) and 309.5 M (-30). The repository prints 205.2 M and 319.2 M, as its counter adds
+element-wise work such as batch norm. It prints 0.7 M parameters for naive Lite-HRNet-18, where we count 760,365 with
+the widths of its configuration, 30, 60, 120, 240. Initialisation is PyTorch's default.
 
 The frame (stem, transitions, exchange, head) is `LiteFrame`, which the networks derived from Lite-HRNet share: they
 differ from it in what they hand to it as `layers`.
@@ -442,9 +442,9 @@ REPOSITORY = "Yu et al. 2021, repository"
 
 @register_model(
     published=(
-        Published(REPOSITORY, (256, 192), 1.1, 0.2052, "?", "AP 64.8 COCO val"),
-        Published(REPOSITORY, (384, 288), 1.1, 0.4616, "?", "AP 67.6 COCO val"),
-        Published(REPOSITORY, (256, 256), 1.1, 0.2734, "?", "PCKh@0.5 85.4 MPII val"),
+        Published(REPOSITORY, (256, 192), 1.1, 0.2052, "1e9", "AP 64.8 COCO val"),
+        Published(REPOSITORY, (384, 288), 1.1, 0.4616, "1e9", "AP 67.6 COCO val"),
+        Published(REPOSITORY, (256, 256), 1.1, 0.2734, "1e9", "PCKh@0.5 85.4 MPII val"),
     )
 )
 def lite_hrnet_18(**changes: Any) -> LiteHRNet:
@@ -454,9 +454,9 @@ def lite_hrnet_18(**changes: Any) -> LiteHRNet:
 
 @register_model(
     published=(
-        Published(REPOSITORY, (256, 192), 1.8, 0.3192, "?", "AP 67.2 COCO val"),
-        Published(REPOSITORY, (384, 288), 1.8, 0.7178, "?", "AP 70.4 COCO val"),
-        Published(REPOSITORY, (256, 256), 1.8, 0.4253, "?", "PCKh@0.5 87.0 MPII val"),
+        Published(REPOSITORY, (256, 192), 1.8, 0.3192, "1e9", "AP 67.2 COCO val"),
+        Published(REPOSITORY, (384, 288), 1.8, 0.7178, "1e9", "AP 70.4 COCO val"),
+        Published(REPOSITORY, (256, 256), 1.8, 0.4253, "1e9", "PCKh@0.5 87.0 MPII val"),
     )
 )
 def lite_hrnet_30(**changes: Any) -> LiteHRNet:
@@ -466,8 +466,8 @@ def lite_hrnet_30(**changes: Any) -> LiteHRNet:
 
 @register_model(
     published=(
-        Published(REPOSITORY, (256, 192), 0.7, 0.1948, "?", "AP 62.8 COCO val"),
-        Published(REPOSITORY, (256, 256), 0.7, 0.2596, "?", "PCKh@0.5 85.3 MPII val"),
+        Published(REPOSITORY, (256, 192), 0.7, 0.1948, "1e9", "AP 62.8 COCO val"),
+        Published(REPOSITORY, (256, 256), 0.7, 0.2596, "1e9", "PCKh@0.5 85.3 MPII val"),
     )
 )
 def naive_lite_hrnet_18(**changes: Any) -> LiteHRNet:
@@ -477,8 +477,8 @@ def naive_lite_hrnet_18(**changes: Any) -> LiteHRNet:
 
 @register_model(
     published=(
-        Published(REPOSITORY, (256, 192), 1.3, 0.3111, "?", "AP 66.0 COCO val"),
-        Published(REPOSITORY, (256, 256), 1.3, 0.4187, "?", "PCKh@0.5 86.8 MPII val"),
+        Published(REPOSITORY, (256, 192), 1.3, 0.3111, "1e9", "AP 66.0 COCO val"),
+        Published(REPOSITORY, (256, 256), 1.3, 0.4187, "1e9", "PCKh@0.5 86.8 MPII val"),
     )
 )
 def wider_naive_lite_hrnet_18(**changes: Any) -> LiteHRNet:
