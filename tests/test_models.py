@@ -17,12 +17,16 @@ from tests.conftest import needs_kernels
 # name: exact (parameters, multiply-accumulates) at the paper's input size and number of keypoints
 COUNTS = {
     "hrnet_w32": (28_536_113, 7_645_003_776),
+    "hrnet_w48": (63_595_745, 15_691_825_152),
     "mobileposenet": (1_505_279, 557_328_992),
     "mobileposenet_v1": (2_490_799, 620_525_152),
     "mobileposenet_v2": (2_080_879, 699_844_192),
+    "simplebaseline_resnet152": (68_635_473, 12_699_303_936),
+    "simplebaseline_resnet50": (33_999_697, 5_426_380_800),
+    "small_hrnet_w16": (1_284_961, 570_703_872),
 }
 # heavy networks: fewer sizes, so that the suite stays short
-LARGE = {"hrnet_w32"}
+LARGE = {"hrnet_w32", "hrnet_w48", "simplebaseline_resnet152", "simplebaseline_resnet50"}
 MODELS = fastpose.list_models()
 
 

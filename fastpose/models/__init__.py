@@ -3,6 +3,7 @@
 from fastpose.models import (  # noqa: F401
     hrnet,
     mobileposenet,
+    simplebaseline,
 )
 from fastpose.models._registry import create_model, list_models, register_model
 
