@@ -3,6 +3,7 @@
 from fastpose.models import (  # noqa: F401
     hr_litenet,
     hrnet,
+    le_hrnet,
     mobileposenet,
     simplebaseline,
 )
