@@ -28,7 +28,9 @@ COUNTS = {
     "small_hrnet_w16": (1_284_961, 570_703_872),
 }
 # heavy networks: fewer sizes, so that the suite stays short
-LARGE = {"hrnet_w32", "hrnet_w48", "simplebaseline_resnet152", "simplebaseline_resnet50"}
+LARGE = {"hrnet_w32", "hrnet_w48", "le_hrnet", "simplebaseline_resnet152", "simplebaseline_resnet50"}
+# networks that repeat the same modules: fewer of them where compiling takes long
+SHORTER = {name: {"modules": (1, 1, 1)} for name in ("hr_litenet", "hrnet_w32", "hrnet_w48", "le_hrnet")}
 # a sigmoid gate on large activations is steep and multiplies rounding: (float32, bfloat16) tolerance of such networks
 TOLERANCE = {"hr_litenet": (1e-4, 0.3)}
 MODELS = fastpose.list_models()
@@ -151,7 +153,7 @@ def test_folded_weights_are_never_stale():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_script_and_export(name, tmp_path):
-    model = build(name, num_keypoints=4)
+    model = build(name, num_keypoints=4, **SHORTER.get(name, {}))
     m = model.input_multiple
     x = torch.randn(2, 3, m, 2 * m)
     with torch.no_grad():
