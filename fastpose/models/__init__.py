@@ -1,8 +1,11 @@
 """The networks. Each file is one network, readable top to bottom; importing it registers its names."""
 
 from fastpose.models import (  # noqa: F401
+    hr_litenet,
     hrnet,
+    le_hrnet,
     mobileposenet,
+    simplebaseline,
 )
 from fastpose.models._registry import create_model, list_models, register_model
 
