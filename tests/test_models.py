@@ -16,13 +16,15 @@ from tests.conftest import needs_kernels
 
 # name: exact (parameters, multiply-accumulates) at the paper's input size and number of keypoints
 COUNTS = {
+    "higher_hrnet_w32": (28_645_331, 46_203_404_288),
     "hrnet_w32": (28_536_113, 7_645_003_776),
+    "hrnet_w32_ae": (28_536_674, 40_782_266_368),
     "mobileposenet": (1_505_279, 557_328_992),
     "mobileposenet_v1": (2_490_799, 620_525_152),
     "mobileposenet_v2": (2_080_879, 699_844_192),
 }
 # heavy networks: fewer sizes, so that the suite stays short
-LARGE = {"hrnet_w32"}
+LARGE = {"higher_hrnet_w32", "hrnet_w32", "hrnet_w32_ae"}
 MODELS = fastpose.list_models()
 
 

@@ -2,6 +2,7 @@
 
 from fastpose.models import (  # noqa: F401
     hrnet,
+    hrnet_ae,
     mobileposenet,
 )
 from fastpose.models._registry import create_model, list_models, register_model

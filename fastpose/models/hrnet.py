@@ -146,7 +146,7 @@ class HRModule(nn.Module):
         outputs: list[Tensor] = []
         for row in self.fuse_layers:
             total = x[0]
-            for j, link in enumerate(row):  # type: ignore[var-annotated, arg-type]
+            for j, link in enumerate(row):  # type: ignore
                 total = link(x[0]) if j == 0 else total + link(x[j])
             outputs.append(F.relu(total))
         return outputs
@@ -185,6 +185,10 @@ class HRNet(nn.Module):
         self.input_multiple = 2 ** (len(w) + 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.final_layer(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """The first branch after the last exchange, [B, widths[0], H/4, W/4]."""
         check_images(x, self.input_multiple, "HRNet")
         x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
         x = self.layer1(x)
@@ -197,7 +201,7 @@ class HRNet(nn.Module):
         branches = [branches[0], branches[1], branches[2], self.transition3[3](branches[2])]
         for module in self.stage4:
             branches = module(branches)
-        return self.final_layer(branches[0])
+        return branches[0]
 
 
 @register_model(
