@@ -16,6 +16,11 @@ from tests.conftest import needs_kernels
 
 # name: exact (parameters, multiply-accumulates) at the paper's input size and number of keypoints
 COUNTS = {
+    "efficient_hrnet_h0": (19_725_359, 23_958_286_848),
+    "efficient_hrnet_h1": (13_004_446, 13_130_000_048),
+    "efficient_hrnet_h2": (8_263_495, 7_029_956_920),
+    "efficient_hrnet_h3": (5_360_390, 3_758_983_969),
+    "efficient_hrnet_h4": (2_764_706, 1_807_480_224),
     "higher_hrnet_w32": (28_645_331, 46_203_404_288),
     "hrnet_w32": (28_536_113, 7_645_003_776),
     "hrnet_w32_ae": (28_536_674, 40_782_266_368),
@@ -24,7 +29,7 @@ COUNTS = {
     "mobileposenet_v2": (2_080_879, 699_844_192),
 }
 # heavy networks: fewer sizes, so that the suite stays short
-LARGE = {"higher_hrnet_w32", "hrnet_w32", "hrnet_w32_ae"}
+LARGE = {f"efficient_hrnet_h{i}" for i in range(5)} | {"higher_hrnet_w32", "hrnet_w32", "hrnet_w32_ae"}
 MODELS = fastpose.list_models()
 
 

@@ -1,6 +1,7 @@
 """The networks. Each file is one network, readable top to bottom; importing it registers its names."""
 
 from fastpose.models import (  # noqa: F401
+    efficient_hrnet,
     hrnet,
     hrnet_ae,
     mobileposenet,

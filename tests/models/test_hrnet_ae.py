@@ -2,26 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 import fastpose
-from fastpose.counting import count_macs, count_parameters
+from fastpose.counting import count_parameters
 from fastpose.models.hrnet_ae import higher_head
-
-
-def macs_by_output(model: nn.Module, size: int) -> int:
-    """Multiply-accumulates as the published counters see them: transposed convolutions once per output position."""
-    extra = 0
-
-    def hook(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        nonlocal extra
-        extra += layer.weight.numel() * (output[0, 0].numel() - inputs[0][0, 0].numel())
-
-    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.ConvTranspose2d)]
-    macs = count_macs(model, (size, size))
-    for handle in handles:
-        handle.remove()
-    return macs + extra
+from tests.models.published import macs_by_output
 
 
 @pytest.mark.parametrize(
