@@ -24,12 +24,19 @@ COUNTS = {
     "higher_hrnet_w32": (28_645_331, 46_203_404_288),
     "hrnet_w32": (28_536_113, 7_645_003_776),
     "hrnet_w32_ae": (28_536_674, 40_782_266_368),
+    "lightweight_hrnet_448": (5_941_779, 4_776_815_176),
+    "lightweight_hrnet_480": (8_824_710, 8_192_159_100),
+    "lightweight_hrnet_512": (13_190_483, 13_861_650_432),
     "mobileposenet": (1_505_279, 557_328_992),
     "mobileposenet_v1": (2_490_799, 620_525_152),
     "mobileposenet_v2": (2_080_879, 699_844_192),
 }
 # heavy networks: fewer sizes, so that the suite stays short
-LARGE = {f"efficient_hrnet_h{i}" for i in range(5)} | {"higher_hrnet_w32", "hrnet_w32", "hrnet_w32_ae"}
+LARGE = (
+    {f"efficient_hrnet_h{i}" for i in range(5)}
+    | {f"lightweight_hrnet_{i}" for i in (448, 480, 512)}
+    | {"higher_hrnet_w32", "hrnet_w32", "hrnet_w32_ae"}
+)
 MODELS = fastpose.list_models()
 
 

@@ -4,6 +4,7 @@ from fastpose.models import (  # noqa: F401
     efficient_hrnet,
     hrnet,
     hrnet_ae,
+    lightweight_hrnet,
     mobileposenet,
 )
 from fastpose.models._registry import create_model, list_models, register_model

@@ -149,9 +149,9 @@ class MBConv(nn.Module):
         return x + y
 
 
-def transition(in_channels: int, out_channels: int) -> nn.Sequential:
+def transition(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     """Into a branch: 3x3 convolution (with bias, as in the authors' code), batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, 1, 1), nn.BatchNorm2d(out_channels), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
 class EfficientHRNet(nn.Module):
