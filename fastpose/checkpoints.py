@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -223,8 +224,9 @@ def _differences(own: dict[str, Tensor], loaded: dict[str, Tensor]) -> list[str]
     return problems
 
 
+@functools.cache
 def _shapes(name: str, num_keypoints: int) -> dict[str, Tensor]:
-    """State dict of a network without its numbers."""
+    """State dict of a network without its numbers. Not to be changed: it is kept."""
     from fastpose.models._registry import model_entry
 
     with torch.device("meta"):
@@ -236,8 +238,11 @@ def infer_num_keypoints(state: dict[str, Tensor], name: str) -> int | None:
     from fastpose.models._registry import model_entry
 
     k = model_entry(name).num_keypoints
-    one, two = _shapes(name, k), _shapes(name, k + 1)
+    one = _shapes(name, k)
     renamed = _rename(state, one)
+    if any(key not in one for key in renamed):
+        return None
+    two = _shapes(name, k + 1)
     for key in one:
         if key in renamed and renamed[key].dim() == one[key].dim():
             for a, b, got in zip(one[key].shape, two[key].shape, renamed[key].shape, strict=True):

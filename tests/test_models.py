@@ -16,10 +16,20 @@ from tests.conftest import needs_kernels
 
 # name: exact (parameters, multiply-accumulates) at the paper's input size and number of keypoints
 COUNTS = {
+    "efficient_hrnet_h0": (19_725_359, 23_958_286_848),
+    "efficient_hrnet_h1": (13_004_446, 13_130_000_048),
+    "efficient_hrnet_h2": (8_263_495, 7_029_956_920),
+    "efficient_hrnet_h3": (5_360_390, 3_758_983_969),
+    "efficient_hrnet_h4": (2_764_706, 1_807_480_224),
+    "higher_hrnet_w32": (28_645_331, 46_203_404_288),
     "hr_litenet": (1_877_264, 1_472_103_936),
     "hrnet_w32": (28_536_113, 7_645_003_776),
+    "hrnet_w32_ae": (28_536_674, 40_782_266_368),
     "hrnet_w48": (63_595_745, 15_691_825_152),
     "le_hrnet": (4_745_695, 1_601_618_880),
+    "lightweight_hrnet_448": (5_941_779, 4_776_815_176),
+    "lightweight_hrnet_480": (8_824_710, 8_192_159_100),
+    "lightweight_hrnet_512": (13_190_483, 13_861_650_432),
     "mobileposenet": (1_505_279, 557_328_992),
     "mobileposenet_v1": (2_490_799, 620_525_152),
     "mobileposenet_v2": (2_080_879, 699_844_192),
@@ -28,7 +38,12 @@ COUNTS = {
     "small_hrnet_w16": (1_284_961, 570_703_872),
 }
 # heavy networks: fewer sizes, so that the suite stays short
-LARGE = {"hrnet_w32", "hrnet_w48", "le_hrnet", "simplebaseline_resnet152", "simplebaseline_resnet50"}
+LARGE = (
+    {f"efficient_hrnet_h{i}" for i in range(5)}
+    | {f"lightweight_hrnet_{i}" for i in (448, 480, 512)}
+    | {"higher_hrnet_w32", "hrnet_w32", "hrnet_w32_ae", "hrnet_w48", "le_hrnet"}
+    | {"simplebaseline_resnet152", "simplebaseline_resnet50"}
+)
 # networks that repeat the same modules: fewer of them where compiling takes long
 SHORTER = {name: {"modules": (1, 1, 1)} for name in ("hr_litenet", "hrnet_w32", "hrnet_w48", "le_hrnet")}
 # a sigmoid gate on large activations is steep and multiplies rounding: (float32, bfloat16) tolerance of such networks

@@ -1,9 +1,12 @@
 """The networks. Each file is one network, readable top to bottom; importing it registers its names."""
 
 from fastpose.models import (  # noqa: F401
+    efficient_hrnet,
     hr_litenet,
     hrnet,
+    hrnet_ae,
     le_hrnet,
+    lightweight_hrnet,
     mobileposenet,
     simplebaseline,
 )
