@@ -7,6 +7,7 @@ try:
 except PackageNotFoundError:  # imported from a source tree that is not installed
     __version__ = "0.0.0"
 
+from fastpose.checkpoints import load_checkpoint
 from fastpose.images import ImageError
 from fastpose.models import create_model, list_models
 from fastpose.ops import set_fused, use_fused
@@ -23,6 +24,7 @@ __all__ = [
     "create_model",
     "get_skeleton",
     "list_models",
+    "load_checkpoint",
     "set_fused",
     "use_fused",
 ]

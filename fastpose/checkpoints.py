@@ -1,13 +1,17 @@
-"""Weights files: safetensors with everything an estimator must know beside the numbers."""
+"""Weights files: our own, safetensors with everything an estimator must know beside the numbers, and others'."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -31,6 +35,7 @@ class WeightsInfo:
         padding: crop side in units of the box's longer side (see `geometry.crop_matrix`).
         codec: how its outputs become keypoints.
         flip_test: whether averaging with the mirrored crop is recommended.
+        options: fields of the network's config that differ from its default.
     """
 
     model: str
@@ -40,6 +45,7 @@ class WeightsInfo:
     padding: float
     codec: SoftmaxHeatmapCodec
     flip_test: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve_weights(weights: str | Path, model: str) -> Path:
@@ -56,7 +62,7 @@ def resolve_weights(weights: str | Path, model: str) -> Path:
         return Path(str(resources.files("fastpose.weights").joinpath(DEFAULT_WEIGHTS[model])))
     path = Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(f"weights {str(weights)!r}: no such file (expected 'default' or a .safetensors path)")
+        raise FileNotFoundError(f"weights {str(weights)!r}: no such file (expected 'default' or a path)")
     return path
 
 
@@ -87,26 +93,210 @@ def save_weights(
     write_atomically(path, lambda p: p.write_bytes(save(tensors, metadata)))
 
 
-def load_state(model: nn.Module, path: str | Path, name: str) -> None:
-    """Copy the weights in `path` into `model`, converting to its dtype.
+def load_checkpoint(model: nn.Module, path: str | Path) -> str:
+    """Copy the weights in `path` into `model`, converting to its dtype; all of them or none.
+
+    Accepted are fastpose files (safetensors) and what others published for the same networks (safetensors, or a
+    PyTorch file, which is read with ``weights_only=True``): mmpose 1.x (keys ``backbone.``, ``head.``), mmpose 0.x
+    (``keypoint_head.``) and the original HRNet, SimpleBaseline and Lite-HRNet repositories (plain keys). Networks
+    of the Lite-HRNet family are switched to `legacy_fuse` by files that are not fastpose's, since those were trained
+    with it.
+
+    Returns:
+        The format that was recognised: ``"fastpose"``, ``"mmpose 1.x"``, ``"mmpose 0.x"`` or ``"original"``.
 
     Raises:
-        ValueError: keys are missing, unexpected or misshaped; the first differing ones are listed, nothing is loaded.
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, or keys are missing, unexpected or misshaped: the first differing ones are
+            listed, with the network that fits best, and nothing is loaded.
     """
+    state, layout = read_state(path)
+    own = model.state_dict()
+    renamed = _rename(state, own)
+    problems = _differences(own, renamed)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        fits = matching_models(state)
+        hint = f"; it is a {fits[0][0]!r} with num_keypoints={fits[0][1]}" if fits else _closest(state)
+        kind = type(model).__name__
+        raise ValueError(f"{layout} weights {path} do not fit this {kind}: {'; '.join(problems[:5])}{more}{hint}")
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in renamed.items()}, strict=False)
+    if layout != "fastpose":
+        for module in model.modules():
+            if hasattr(module, "legacy_fuse"):
+                module.legacy_fuse = True  # type: ignore[assignment]
+    return layout
+
+
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a checkpoint file by name, without prefixes of wrappers, and its format (see `load_checkpoint`)."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights {str(path)!r}: no such file")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if len(start) == 9 and start[8:] == b"{":  # 8 bytes of header length, then JSON
+        state, fastpose = _read_safetensors(path)
+    else:
+        state, fastpose = _read_pytorch(path), False
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    if fastpose:
+        return state, "fastpose"
+    if any(k.startswith("keypoint_head.") for k in state):
+        return state, "mmpose 0.x"
+    if any(k.startswith("backbone.") for k in state):
+        return state, "mmpose 1.x"
+    return state, "original"
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, "fastpose" in (file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    own = model.state_dict()
-    problems = [f"missing {k}" for k in own if k not in loaded]
+
+
+def _read_pytorch(path: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damage happens to cause
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise ValueError(
+                f"{path} holds a Python object ({foreign[1]}) beside its tensors, and reading that could run code. "
+                "If you trust its source, load it with PyTorch and save its 'state_dict' alone"
+            ) from None
+        raise ValueError(f"{path} is neither a safetensors file nor a PyTorch checkpoint, or damaged") from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no state dict: expected names and tensors, or those under 'state_dict'")
+    return dict(content)
+
+
+def _harmless() -> list[Any]:
+    """Numpy numbers and arrays, which training logs leave in checkpoints; under their names in numpy 1 and 2."""
+    scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    named: list[Any] = [np.dtype, np.ndarray]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        named += [(scalar, f"{module}.scalar"), (reconstruct, f"{module}._reconstruct")]
+    return named + [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+
+
+# the same layer under another name: original repositories -> OpenMMLab
+_ALIASES = (("final_layer.0.", "final_layer."), ("final_layers.0.", "final_layer."))
+
+
+def _plain(key: str) -> str:
+    """The name of a tensor without the part of the network it belongs to; unique in all networks here."""
+    for prefix in ("backbone.", "keypoint_head.", "head."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _rename(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` under the names of `own`; what has no counterpart keeps its name."""
+    names = {_plain(k): k for k in own}
+    assert len(names) == len(own)
+    renamed = {}
+    for key, value in state.items():
+        plain = _plain(key)
+        for old, new in _ALIASES:
+            if plain not in names and plain.startswith(old):
+                plain = new + plain[len(old) :]
+        renamed[key if key in own else names.get(plain, key)] = value
+    return renamed
+
+
+def _differences(own: dict[str, Tensor], loaded: dict[str, Tensor]) -> list[str]:
+    """Why `loaded` is not a state dict of the shape of `own`. Only the step counters of batch norm may be missing."""
+    problems = [f"missing {k}" for k in own if k not in loaded and not k.endswith("num_batches_tracked")]
     problems += [f"unexpected {k}" for k in loaded if k not in own]
     problems += [
         f"{k}: expected {list(own[k].shape)}, got {list(loaded[k].shape)}"
         for k in own
         if k in loaded and own[k].shape != loaded[k].shape
     ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"weights {path} do not fit model {name!r}: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict({k: v.to(own[k].dtype) for k, v in loaded.items()})
+    return problems
+
+
+@functools.cache
+def _shapes(name: str, num_keypoints: int) -> dict[str, Tensor]:
+    """State dict of a network without its numbers. Not to be changed: it is kept."""
+    from fastpose.models._registry import model_entry
+
+    with torch.device("meta"):
+        return model_entry(name).build(num_keypoints=num_keypoints).state_dict()
+
+
+def infer_num_keypoints(state: dict[str, Tensor], name: str) -> int | None:
+    """Number of keypoints K of the network `name` for which `state` has the right shapes; None if there is none."""
+    from fastpose.models._registry import model_entry
+
+    k = model_entry(name).num_keypoints
+    one = _shapes(name, k)
+    renamed = _rename(state, one)
+    if any(key not in one for key in renamed):
+        return None
+    two = _shapes(name, k + 1)
+    for key in one:
+        if key in renamed and renamed[key].dim() == one[key].dim():
+            for a, b, got in zip(one[key].shape, two[key].shape, renamed[key].shape, strict=True):
+                if a != b:  # this dimension grows by b - a with every keypoint
+                    found = k + (got - a) // (b - a)
+                    return found if found >= 1 and not _differences(_shapes(name, found), renamed) else None
+    return None
+
+
+def find_architecture(path: str | Path, name: str = "auto") -> tuple[str, int, dict[str, Any]]:
+    """Network, number of keypoints and config options for the checkpoint `path`.
+
+    Args:
+        name: the network if it is known, or ``"auto"``. If the checkpoint does not fit it, the paper's number of
+            keypoints is returned and it is left to `load_checkpoint` to say what differs.
+
+    Raises:
+        ValueError: ``"auto"`` and no network, or more than one, has these names and shapes.
+    """
+    from fastpose.models._registry import model_entry
+
+    state, layout = read_state(path)
+    if layout == "fastpose":
+        info = read_info(path)
+        return (info.model if name == "auto" else name), info.num_keypoints, info.options
+    if name != "auto":
+        k = infer_num_keypoints(state, name)
+        return name, model_entry(name).num_keypoints if k is None else k, {}
+    found = matching_models(state)
+    if len(found) == 1:
+        return *found[0], {}
+    names = ", ".join(n for n, _ in found)
+    why = f"it fits more than one network: {names}" if found else f"no network has these names{_closest(state)}"
+    raise ValueError(f"cannot tell the architecture of {layout} weights {path}: {why}")
+
+
+def _closest(state: dict[str, Tensor]) -> str:
+    """The network that shares most tensors (name and shape) with `state`, as a hint."""
+    from fastpose.models._registry import list_models, model_entry
+
+    best, score = "", 0.0
+    for name in list_models():
+        own = _shapes(name, model_entry(name).num_keypoints)
+        renamed = _rename(state, own)
+        same = sum(k in own and own[k].shape == v.shape for k, v in renamed.items())
+        share = same / max(len(own), len(renamed))
+        if share > score:
+            best, score = name, share
+    return f"; nearest: {best!r}, which shares {score:.0%} of the tensors" if best else ""
+
+
+def matching_models(state: dict[str, Tensor]) -> list[tuple[str, int]]:
+    """Networks, with their number of keypoints, whose state dict has exactly the names and shapes of `state`."""
+    from fastpose.models._registry import list_models
+
+    found = ((name, infer_num_keypoints(state, name)) for name in list_models())
+    return [(name, k) for name, k in found if k is not None]

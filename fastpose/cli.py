@@ -1,4 +1,4 @@
-"""The command line: ``fastpose predict | train | evaluate | export | info``.
+"""The command line: ``fastpose predict | train | evaluate | export | models | info``.
 
 Exit codes: 0 all done, 2 bad input (what could be done was done), 1 anything unexpected.
 """
@@ -76,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--fused", action="store_true", help="use fastpose's kernels; the file then needs fastpose to load")
     p.add_argument("output", metavar="FILE", help="e.g. mobileposenet.pt")
     p.set_defaults(run=_export)
+
+    p = commands.add_parser("models", help="the networks: our own counts beside the published figures")
+    p.add_argument("--json", action="store_true", help="as JSON")
+    p.set_defaults(run=_models)
 
     p = commands.add_parser("info", help="versions, processor, and which kernels are used")
     p.add_argument("--json", action="store_true", help="as JSON")
@@ -235,6 +239,14 @@ def _export(options: argparse.Namespace) -> int:
     worst = export_torchscript(model, options.output, size, options.fused)
     needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
     print(f"{options.output}: {needs}; largest difference {worst:.1e} of the maximum")
+    return 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from fastpose.zoo import collect_models, models_table
+
+    rows = collect_models()
+    print(json.dumps(rows, indent=1) if options.json else models_table(rows))
     return 0
 
 

@@ -120,3 +120,12 @@ def test_export_and_info(folder):
     report = json.loads(done.stdout)
     assert set(report["ops on cpu"]) == {"ghost_cheap", "dw_upsample", "oks_nms"}
     assert "fused kernels" in fastpose("info", cwd=folder).stdout
+
+
+def test_models_table(tmp_path):
+    done = fastpose("models", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("mobileposenet *")]
+    assert "1,505,279" in row and "0.557" in row and "AP 66.2 COCO val" in row
+    rows = {r["name"]: r for r in json.loads(fastpose("models", "--json", cwd=tmp_path).stdout)}
+    assert rows["mobileposenet"]["macs"] == 557_328_992 and rows["mobileposenet"]["published"][0]["gflops"] == 0.557

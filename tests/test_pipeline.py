@@ -10,7 +10,7 @@ import torch
 
 import fastpose
 from fastpose import BoxError, ImageError, PoseEstimator, Poses
-from fastpose.checkpoints import load_state, read_info, resolve_weights, save_weights
+from fastpose.checkpoints import read_info, resolve_weights, save_weights
 from fastpose.detect import HOG_MISSING, hog_available, make_detector
 from fastpose.images import find_images, read_image
 from fastpose.skeletons import COCO17, LSP14, MPII16, Skeleton, get_skeleton
@@ -219,15 +219,15 @@ def test_weights_files(tmp_path):
     state = {k: v for k, v in model.state_dict().items() if k != "head.bias"}
     state["extra"] = torch.zeros(1)
     save_weights(tmp_path / "odd.safetensors", state, info)
-    with pytest.raises(ValueError, match="do not fit model 'mobileposenet': missing head.bias; unexpected extra"):
+    with pytest.raises(ValueError, match="do not fit this MobilePoseNet: missing head.bias; unexpected extra"):
         fastpose.create_model("mobileposenet", weights=tmp_path / "odd.safetensors")
     other = fastpose.create_model("mobileposenet", num_keypoints=17)
     before = other.head.weight.clone()
     with pytest.raises(ValueError, match=r"head.weight: expected \[17, 160, 1, 1\], got \[14, 160, 1, 1\]"):
-        load_state(other, path, "mobileposenet")
+        fastpose.load_checkpoint(other, path)
     assert torch.equal(other.head.weight, before)
     (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    with pytest.raises(ValueError, match="text.safetensors is neither a safetensors file nor"):
         PoseEstimator(weights=tmp_path / "text.safetensors")
 
 

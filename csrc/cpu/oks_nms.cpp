@@ -7,6 +7,7 @@
 #include <cstring>
 #include <numeric>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
@@ -22,16 +23,33 @@ struct NmsOptions {
   double threshold = 0, overlap_threshold = 0, gaussian_sigma = 0.5, keypoint_threshold = 0.1;
 };
 
+// Up to this many poses are sorted by counting, for each, how many come before it: without branches to mispredict.
+constexpr int64_t kRankSortLimit = 64;
+
+// Where keypoints go that are not visible: so far that any similarity vanishes, while squares stay finite. That needs
+// areas to have a bound, too.
+template <class A>
+constexpr A kFarAway = sizeof(A) == 4 ? A(1e19) : A(1e150);
+template <class A>
+constexpr A kLargestArea = sizeof(A) == 4 ? A(1e24) : A(1e200);
+
+// What was given: contiguous arrays over all N poses.
+template <class A>
+struct PoseArrays {
+  const A *keypoints, *keypoint_scores, *scores, *areas;  // [N, K, 2], [N, K], [N], [N]
+  const A* root_scale;                                    // [K], sqrt(log2(e) / 2) / (2 sigma)
+  int64_t num_keypoints;
+};
+
 // The poses of one image, by descending score (ties: lower index first), NaN scores last. Arrays are padded to whole
 // vectors with poses that have no visible keypoint.
 template <class A>
 struct PoseGroup {
   int64_t count = 0, valid = 0;  // poses; those whose score is not NaN
   int64_t padded = 0, keypoints = 0;
-  A *x = nullptr, *y = nullptr, *visible = nullptr;  // [keypoints][padded]; visible is 0 or 1
+  A *x = nullptr, *y = nullptr, *visible = nullptr;  // [keypoints][padded]; times root_scale; visible is 0 or 1
   A *area = nullptr, *score = nullptr;               // [padded]
   A *decay = nullptr, *result = nullptr;             // [padded], written
-  const A* scale = nullptr;                          // [keypoints], 1 / (2 (2 sigma)^2)
   const int64_t* index = nullptr;                    // [count] position in the input
 };
 
@@ -60,62 +78,54 @@ void group_by_image(const int64_t* image, int64_t n, std::vector<int64_t>& order
   offsets.push_back(n);
 }
 
+// Asks for an image's poses while the one before is being worked on: many images do not fit the caches.
 template <class A>
-void nms_group(int64_t* order, int64_t count, const A* keypoints, const A* keypoint_scores, const A* scores,
-               const A* areas, const A* scale, int64_t num_keypoints, const NmsOptions& o, A* new_scores, bool* keep) {
-  // stable insertion sort for the usual few poses: std::stable_sort would allocate
-  const auto before = [&](int64_t a, int64_t b) {
-    return scores[a] > scores[b] || (std::isnan(scores[b]) && !std::isnan(scores[a]));
-  };
-  if (count <= 48) {
-    for (int64_t i = 1; i < count; ++i) {
-      const int64_t moved = order[i];
-      int64_t j = i;
-      for (; j > 0 && before(moved, order[j - 1]); --j) order[j] = order[j - 1];
-      order[j] = moved;
-    }
-  } else {
-    std::stable_sort(order, order + count, before);
+void prefetch_group(const int64_t* order, int64_t count, const PoseArrays<A>& in) {
+  const int64_t bytes = in.num_keypoints * static_cast<int64_t>(sizeof(A));
+  for (int64_t i = 0; i < std::min(count, kRankSortLimit); ++i) {
+    const char* points = reinterpret_cast<const char*>(in.keypoints + order[i] * in.num_keypoints * 2);
+    const char* confidence = reinterpret_cast<const char*>(in.keypoint_scores + order[i] * in.num_keypoints);
+    for (int64_t b = 0; b < 2 * bytes; b += 64) __builtin_prefetch(points + b);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(confidence + b);
   }
+}
 
+// Suppression among the `count` poses of one image, whose positions in the input are `order` (sorted in place by
+// score).
+template <class A>
+void nms_group(int64_t* order, int64_t count, const PoseArrays<A>& in, const NmsOptions& o, A* new_scores, bool* keep) {
   const int64_t lane = 64 / static_cast<int64_t>(sizeof(A));  // the widest vector
+  const int64_t keypoints = in.num_keypoints;
   PoseGroup<A> g;
   g.count = count;
-  g.keypoints = num_keypoints;
+  g.keypoints = keypoints;
   g.padded = ceil_div(count, lane) * lane;
-  g.scale = scale;
   g.index = order;
-  g.x = scratch<A>(0, (3 * num_keypoints + 6) * g.padded);
-  g.y = g.x + num_keypoints * g.padded;
-  g.visible = g.y + num_keypoints * g.padded;
-  g.area = g.visible + num_keypoints * g.padded;
+  g.x = scratch<A>(0, (3 * keypoints + 6) * g.padded);
+  g.y = g.x + keypoints * g.padded;
+  g.visible = g.y + keypoints * g.padded;
+  g.area = g.visible + keypoints * g.padded;
   g.score = g.area + g.padded;
   g.decay = g.score + g.padded;
   g.result = g.decay + g.padded;
   A *row = g.result + g.padded, *extra = row + g.padded;
 
-  const A threshold = static_cast<A>(o.keypoint_threshold);
-  for (int64_t j = 0; j < count; ++j) {
-    const A* points = keypoints + order[j] * num_keypoints * 2;
-    const A* confidence = keypoint_scores + order[j] * num_keypoints;
-    for (int64_t k = 0; k < num_keypoints; ++k) {
-      const A x = points[2 * k], y = points[2 * k + 1];
-      // a difference is finite only if both are, and is not NaN; comparing with NaN is false
-      const bool visible = confidence[k] > threshold && x - x == A(0) && y - y == A(0);
-      g.x[k * g.padded + j] = visible ? x : A(0);
-      g.y[k * g.padded + j] = visible ? y : A(0);
-      g.visible[k * g.padded + j] = visible ? A(1) : A(0);
-    }
-    g.area[j] = areas[order[j]] > A(0) ? areas[order[j]] : A(0);  // negative and NaN count as 0
-    g.score[j] = scores[order[j]];
-    g.valid += !std::isnan(g.score[j]);
+  if (count <= kRankSortLimit) {
+    FASTPOSE_CALL(OksNmsLevel<A>::sort, order, g.padded, count, in.scores, g.x);
+  } else {
+    std::stable_sort(order, order + count, [&](int64_t a, int64_t b) {
+      return in.scores[a] > in.scores[b] || (std::isnan(in.scores[b]) && !std::isnan(in.scores[a]));
+    });
   }
-  for (int64_t k = 0; k < 3 * num_keypoints; ++k) {
-    std::fill(g.x + k * g.padded + count, g.x + (k + 1) * g.padded, A(0));
+  for (int64_t j = 0; j < count; ++j) {
+    const A area = in.areas[order[j]];
+    g.area[j] = area > A(0) ? std::min(area, kLargestArea<A>) : A(0);  // negative and NaN count as 0
+    g.score[j] = in.scores[order[j]];
+    g.valid += !std::isnan(g.score[j]);
   }
   std::fill(g.area + count, g.area + g.padded, A(0));
 
-  FASTPOSE_CALL(OksNmsLevel<A>::run, g, o, row, extra);
+  FASTPOSE_CALL(OksNmsLevel<A>::run, g, in, o, row, extra);
 
   for (int64_t j = 0; j < count; ++j) {
     const bool valid = j < g.valid;
@@ -129,10 +139,10 @@ void nms_batch(const Tensor& keypoints, const Tensor& keypoint_scores, const Ten
                const Tensor& sigmas, const std::optional<Tensor>& image_index, const NmsOptions& o, Tensor& new_scores,
                Tensor& keep) {
   const int64_t n = scores.size(0), k = keypoints.size(1);
-  std::vector<A> scale(static_cast<size_t>(k));
+  std::vector<A> root_scale(static_cast<size_t>(k));
   for (int64_t i = 0; i < k; ++i) {
-    const A twice = 2 * static_cast<const A*>(sigmas.const_data_ptr())[i];
-    scale[static_cast<size_t>(i)] = A(1) / (2 * twice * twice);
+    const double twice = 2 * static_cast<double>(static_cast<const A*>(sigmas.const_data_ptr())[i]);
+    root_scale[static_cast<size_t>(i)] = static_cast<A>(std::sqrt(1.4426950408889634074 / 2) / twice);
   }
   std::vector<int64_t> order, offsets;
   group_by_image(image_index ? static_cast<const int64_t*>(image_index->const_data_ptr()) : nullptr, n, order, offsets);
@@ -142,26 +152,32 @@ void nms_batch(const Tensor& keypoints, const Tensor& keypoint_scores, const Ten
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
   double total = 0;
-  for (int64_t i = 0; i < groups; ++i) total += std::pow(offsets[i + 1] - offsets[i], 2);
+  const auto pairs = [&](int64_t i) {
+    const double count = static_cast<double>(offsets[static_cast<size_t>(i) + 1] - offsets[static_cast<size_t>(i)]);
+    return count * count;
+  };
+  for (int64_t i = 0; i < groups; ++i) total += pairs(i);
   const int64_t parts = total * static_cast<double>(k) < 20000 ? 1 : threads;
   std::vector<int64_t> bounds(1, 0);
   double cost = 0;
   for (int64_t i = 0; i < groups; ++i) {
-    cost += std::pow(offsets[i + 1] - offsets[i], 2);
+    cost += pairs(i);
     if (cost >= total * static_cast<double>(bounds.size()) / static_cast<double>(parts)) bounds.push_back(i + 1);
   }
   bounds.back() = groups;
 
-  const A* points = static_cast<const A*>(keypoints.const_data_ptr());
-  const A* point_scores = static_cast<const A*>(keypoint_scores.const_data_ptr());
-  const A* score = static_cast<const A*>(scores.const_data_ptr());
-  const A* area = static_cast<const A*>(areas.const_data_ptr());
+  const PoseArrays<A> in{static_cast<const A*>(keypoints.const_data_ptr()),
+                         static_cast<const A*>(keypoint_scores.const_data_ptr()),
+                         static_cast<const A*>(scores.const_data_ptr()),
+                         static_cast<const A*>(areas.const_data_ptr()),
+                         root_scale.data(),
+                         k};
   A* out = static_cast<A*>(new_scores.mutable_data_ptr());
   bool* kept = static_cast<bool*>(keep.mutable_data_ptr());
   parallel_for(static_cast<int64_t>(bounds.size()) - 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = bounds[begin]; i < bounds[end]; ++i) {
-      nms_group<A>(order.data() + offsets[i], offsets[i + 1] - offsets[i], points, point_scores, score, area,
-                   scale.data(), k, o, out, kept);
+      if (i + 1 < groups) prefetch_group(order.data() + offsets[i + 1], offsets[i + 2] - offsets[i + 1], in);
+      nms_group<A>(order.data() + offsets[i], offsets[i + 1] - offsets[i], in, o, out, kept);
     }
   });
 }

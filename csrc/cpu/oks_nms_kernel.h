@@ -5,26 +5,82 @@ namespace fastpose {
 namespace FASTPOSE_ISA {
 namespace {
 
+// Sorts `order` (ascending on entry) by descending score, ties by position, NaN last: every pose's rank is the number
+// of those before it. `work` holds 2 * padded numbers.
+template <class A>
+void rank_sort(int64_t* order, int64_t padded, int64_t count, const A* scores, A* work) {
+  constexpr int L = kLanes<A>;
+  A *key = work, *missing = work + padded;  // NaN scores have missing 1 and key 0
+  for (int64_t i = 0; i < padded; ++i) {
+    const A s = i < count ? scores[order[i]] : A(0);
+    missing[i] = s == s ? A(0) : A(1);
+    key[i] = s == s ? s : A(0);
+  }
+  int64_t sorted[kRankSortLimit];
+  for (int64_t i = 0; i < count; i += L) {
+    const Vec<A> mine = load(key + i), lost = load(missing + i);
+    IntVec<A> rank{}, position;
+    for (int l = 0; l < L; ++l) position[l] = static_cast<int>(i) + l;
+    for (int64_t j = 0; j < count; ++j) {
+      const A other = key[j], other_lost = missing[j];
+      const auto earlier = position > static_cast<std::decay_t<decltype(position[0])>>(j);
+      const IntVec<A> same = reinterpret_cast<IntVec<A>>(lost == other_lost);
+      rank -= reinterpret_cast<IntVec<A>>(other_lost < lost) |
+              (same & (reinterpret_cast<IntVec<A>>(other > mine) |
+                       (reinterpret_cast<IntVec<A>>(other == mine) & reinterpret_cast<IntVec<A>>(earlier))));
+    }
+    for (int l = 0; l < L && i + l < count; ++l) sorted[rank[l]] = order[i + l];
+  }
+  for (int64_t i = 0; i < count; ++i) order[i] = sorted[i];
+}
+
+// Transposes the group's keypoints to [keypoint][pose], scaled so that the exponent of the similarity is a plain
+// distance.
+template <class A>
+void pack(const PoseGroup<A>& g, const PoseArrays<A>& in, A threshold) {
+  const int64_t P = g.padded, K = g.keypoints;
+  for (int64_t j = 0; j < g.count; ++j) {
+    const A* points = in.keypoints + g.index[j] * K * 2;
+    const A* confidence = in.keypoint_scores + g.index[j] * K;
+    A *to_x = g.x + j, *to_y = g.y + j, *to_visible = g.visible + j;
+    for (int64_t k = 0; k < K; ++k) {
+      const A x = points[2 * k], y = points[2 * k + 1];
+      // x - x is 0 unless x is infinite or NaN; comparing with NaN is false. Visibility is hard to predict: choosing
+      // between two numbers in memory takes no branch
+      const bool visible = (confidence[k] > threshold) & ((x - x) + (y - y) == A(0));
+      const A choice_x[2] = {kFarAway<A>, x * in.root_scale[k]}, choice_y[2] = {kFarAway<A>, y * in.root_scale[k]};
+      to_x[k * P] = choice_x[visible];
+      to_y[k * P] = choice_y[visible];
+      to_visible[k * P] = static_cast<A>(visible);
+    }
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t j = g.count; j < P; ++j) {
+      g.x[k * P + j] = g.y[k * P + j] = kFarAway<A>;
+      g.visible[k * P + j] = A(0);
+    }
+  }
+}
+
 // Object keypoint similarity of pose i with poses j >= from (rounded down to a whole vector), into row[]:
 //   O_ij = sum_k v exp(-d^2 / (2 (2 sigma_k)^2 (a_i + a_j) / 2)) / sum_k v,   v = visible in both; 0 without common v.
-// Poses lie across the vector, so the loop has no reductions; keypoints that pose i lacks are skipped.
+// Poses lie across the vector, so the loop has no reductions. Keypoints that pose i lacks are skipped; those that pose
+// j lacks lie so far away (see FarAway) that their exponential vanishes.
 template <class A>
 void oks_row(const PoseGroup<A>& g, int64_t i, int64_t from, A* row) {
   constexpr int L = kLanes<A>;
   const int64_t P = g.padded;
+  const Vec<A> zero{}, one = splat(A(1)), tiny = splat(A(1e-30));
   for (int64_t j = from / L * L; j < g.count; j += L) {
     const Vec<A> mean = (load(g.area + j) + g.area[i]) * A(0.5);
-    const Vec<A> tiny = splat(A(1e-30));  // zero area: 1 for coinciding keypoints, 0 for others
-    const Vec<A> inverse = A(-1) / (mean > tiny ? mean : tiny);
+    const Vec<A> inverse = A(-1) / (mean > tiny ? mean : tiny);  // zero area: 1 for coinciding keypoints, 0 for others
     Vec<A> sum{}, common{};
     for (int64_t k = 0; k < g.keypoints; ++k) {
       if (g.visible[k * P + i] == A(0)) continue;
       const Vec<A> dx = load(g.x + k * P + j) - g.x[k * P + i], dy = load(g.y + k * P + j) - g.y[k * P + i];
-      const Vec<A> v = load(g.visible + k * P + j);
-      sum += v * exp((dx * dx + dy * dy) * g.scale[k] * inverse);
-      common += v;
+      sum += exp2_nonpositive((dx * dx + dy * dy) * inverse);
+      common += load(g.visible + k * P + j);
     }
-    const Vec<A> zero{}, one = splat(A(1));
     store(row + j, common > zero ? sum / (common > zero ? common : one) : zero);
   }
 }
@@ -100,10 +156,14 @@ void soft_nms(const PoseGroup<A>& g, const NmsOptions& o, A* row, A* current) {
 
 }  // namespace
 
-// What the host code may call at this level: fills g.result (new scores in the group's order).
+// What the host code may call at this level. `run` fills g.result (new scores in the group's order).
 template <class A>
 struct OksNmsLevel {
-  static void run(const PoseGroup<A>& g, const NmsOptions& o, A* row, A* extra) {
+  static void sort(int64_t* order, int64_t padded, int64_t count, const A* scores, A* work) {
+    rank_sort(order, padded, count, scores, work);
+  }
+  static void run(const PoseGroup<A>& g, const PoseArrays<A>& in, const NmsOptions& o, A* row, A* extra) {
+    pack(g, in, static_cast<A>(o.keypoint_threshold));
     if (o.method == NmsMethod::kSoft) return soft_nms(g, o, row, extra);
     if (o.method == NmsMethod::kHard) {
       hard_nms(g, o, row);

@@ -2,14 +2,20 @@
 
 from fastpose.models import (  # noqa: F401
     dite_hrnet,
+    efficient_hrnet,
     ghostnet_pose,
+    hr_litenet,
     hrnet,
+    hrnet_ae,
+    le_hrnet,
+    lightweight_hrnet,
     lite_csw_hrnet,
     lite_hrnet,
     mobilenetv2_pose,
     mobilenetv3_pose,
     mobileposenet,
     shufflenetv2_pose,
+    simplebaseline,
     x_hrnet,
 )
 from fastpose.models._registry import create_model, list_models, register_model

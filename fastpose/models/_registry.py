@@ -87,10 +87,10 @@ def create_model(
     """Build a network by name.
 
     Args:
-        name: one of :func:`list_models`.
+        name: one of :func:`list_models`, or ``"auto"``: what the names and shapes in `weights` say.
         num_keypoints: number of keypoints K; ``None`` takes it from `weights`, or the paper's without weights.
         weights: ``None`` (random initialisation), ``"default"`` (the weights shipped with the package) or the path of a
-            fastpose ``.safetensors`` file.
+            checkpoint of any format that :func:`fastpose.load_checkpoint` accepts.
         **changes: fields of the model's config dataclass to override.
 
     Returns:
@@ -102,15 +102,18 @@ def create_model(
         ValueError: unknown name, config field or weights, or weights that do not fit the network.
         FileNotFoundError: a `weights` path that does not exist.
     """
-    entry = model_entry(name)
+    if weights is None and name == "auto":
+        raise ValueError("create_model('auto') takes the architecture from a checkpoint; give weights=path")
+    if name != "auto":
+        entry = model_entry(name)
     if weights is None:
         return entry.build(num_keypoints=entry.num_keypoints if num_keypoints is None else num_keypoints, **changes)
 
-    from fastpose.checkpoints import load_state, read_info, resolve_weights
+    from fastpose.checkpoints import find_architecture, load_checkpoint, resolve_weights
 
     path = resolve_weights(weights, name)
-    if num_keypoints is None:
-        num_keypoints = read_info(path).num_keypoints
-    model = entry.build(num_keypoints=num_keypoints, **changes)
-    load_state(model, path, name)
+    name, found, options = find_architecture(path, name)
+    k = found if num_keypoints is None else num_keypoints
+    model = model_entry(name).build(num_keypoints=k, **{**options, **changes})
+    load_checkpoint(model, path)
     return model.eval()

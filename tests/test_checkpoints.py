@@ -1,0 +1,110 @@
+"""Checkpoints of other packages: recognised by their keys, loaded strictly, refused with a reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fastpose
+from fastpose.checkpoints import WeightsInfo, read_info, save_weights
+from fastpose.codecs import SoftmaxHeatmapCodec
+from tests.test_models import build
+
+HEAD = "final_layer"
+
+
+def as_published(state: dict[str, torch.Tensor], layout: str) -> dict[str, object]:
+    """`state` of an HRNet as the three public formats would hold it."""
+    head = {"mmpose 1.x": "head.", "mmpose 0.x": "keypoint_head."}.get(layout, "")
+    body = "backbone." if head else ""
+    renamed = {(head if k.startswith(HEAD) else body) + k: v for k, v in state.items()}
+    meta = {"epoch": 210, "best": np.float64(0.75), "log": np.zeros(2)}
+    return {"state_dict": renamed, "meta": meta} if head else renamed
+
+
+@pytest.fixture(scope="module")
+def hrnet() -> torch.nn.Module:
+    return build("hrnet_w32", num_keypoints=3)
+
+
+@pytest.mark.parametrize("layout", ["mmpose 1.x", "mmpose 0.x", "original"])
+def test_formats_of_others(hrnet, layout, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(as_published(hrnet.state_dict(), layout), path)
+    model = fastpose.create_model("auto", weights=path)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), hrnet(x)) and not model.training
+    other = fastpose.create_model("hrnet_w32", num_keypoints=3)
+    assert fastpose.load_checkpoint(other, path) == layout
+
+
+def test_data_parallel_prefix_and_missing_step_counters(hrnet, tmp_path):
+    state = {f"module.{k}": v for k, v in hrnet.state_dict().items() if "num_batches" not in k}
+    torch.save({"state_dict": state}, tmp_path / "a.pth")
+    model = fastpose.create_model("hrnet_w32", weights=tmp_path / "a.pth")
+    assert torch.equal(model.final_layer.weight, hrnet.final_layer.weight)
+
+
+def test_misfits_are_refused_and_named(hrnet, tmp_path):
+    path = tmp_path / "a.pth"
+    state = as_published(hrnet.state_dict(), "mmpose 1.x")
+    torch.save(state, path)
+    with pytest.raises(
+        ValueError,
+        match=r"mmpose 1.x weights .*a.pth do not fit this MobilePoseNet: missing .*; and \d+ more; "
+        r"it is a 'hrnet_w32' with num_keypoints=3",
+    ):
+        fastpose.create_model("mobileposenet", weights=path)
+    model = fastpose.create_model("hrnet_w32", num_keypoints=17)
+    before = model.conv1.weight.clone()
+    with pytest.raises(ValueError, match=r"final_layer.weight: expected \[17, 32, 1, 1\], got \[3, 32, 1, 1\]"):
+        fastpose.load_checkpoint(model, path)
+    assert torch.equal(model.conv1.weight, before)  # nothing was loaded
+    del state["state_dict"]["backbone.conv1.weight"]
+    state["state_dict"]["backbone.extra.weight"] = torch.zeros(2)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="missing conv1.weight; unexpected backbone.extra.weight"):
+        fastpose.create_model("hrnet_w32", num_keypoints=3, weights=path)
+    with pytest.raises(ValueError, match="cannot tell the architecture .* nearest: 'hrnet_w32'"):
+        fastpose.create_model("auto", weights=path)
+    with pytest.raises(ValueError, match="give weights=path"):
+        fastpose.create_model("auto")
+
+
+class Surprise:
+    def __reduce__(self):
+        return (print, ("code from a checkpoint was run",))
+
+
+def test_files_that_are_no_checkpoints(tmp_path, capsys):
+    model = fastpose.create_model("mobileposenet")
+    with pytest.raises(FileNotFoundError, match=r"nowhere.pth.*no such file"):
+        fastpose.load_checkpoint(model, tmp_path / "nowhere.pth")
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "x": Surprise()}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match=r"code.pth holds a Python object \(\S*print\) beside its tensors"):
+        fastpose.load_checkpoint(model, tmp_path / "code.pth")
+    assert "code from a checkpoint" not in capsys.readouterr().out
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="list.pth holds no state dict"):
+        fastpose.load_checkpoint(model, tmp_path / "list.pth")
+    for name, content in (("empty.pth", b""), ("text.pth", b"hello world"), ("cut.safetensors", b"\xff" * 8 + b"{")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"{name} is (not a safetensors file|neither a safetensors file nor a PyT)"
+        ):
+            fastpose.load_checkpoint(model, tmp_path / name)
+
+
+def test_config_options_travel_with_the_weights(tmp_path):
+    model = build("mobileposenet", num_keypoints=14, se_position="expand")
+    info = WeightsInfo(
+        "mobileposenet", 14, "lsp14", (128, 128), 1.25, SoftmaxHeatmapCodec(), options={"se_position": "expand"}
+    )
+    save_weights(tmp_path / "a.safetensors", model.state_dict(), info)
+    assert read_info(tmp_path / "a.safetensors") == info
+    again = fastpose.create_model("auto", weights=tmp_path / "a.safetensors")
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
