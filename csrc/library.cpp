@@ -21,4 +21,8 @@ STABLE_TORCH_LIBRARY(fastpose, m) {
       "oks_nms(Tensor keypoints, Tensor keypoint_scores, Tensor scores, Tensor areas, Tensor sigmas,"
       " Tensor? image_index, str method, str decay, float threshold, float keypoint_threshold,"
       " float overlap_threshold, float gaussian_sigma) -> (Tensor, Tensor)");
+
+  // An optimised network (fastpose/plan.py) on images x; program and weights as csrc/cpu/run_plan.h describes. Per
+  // output: channels, and its size as a fraction of the input's.
+  m.def("run_plan(Tensor x, Tensor program, Tensor weights, int[] outputs) -> Tensor[]");
 }

@@ -12,6 +12,7 @@ from fastpose.images import ImageError
 from fastpose.models import create_model, list_models
 from fastpose.ops import set_fused, use_fused
 from fastpose.pipeline import BoxError, PoseEstimator
+from fastpose.plan import NotOptimizable, Optimized, optimize
 from fastpose.poses import Poses
 from fastpose.skeletons import Skeleton, get_skeleton
 
@@ -23,8 +24,11 @@ __all__ = [
     "Skeleton",
     "create_model",
     "get_skeleton",
+    "NotOptimizable",
+    "Optimized",
     "list_models",
     "load_checkpoint",
+    "optimize",
     "set_fused",
     "use_fused",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from fastpose.files import write_atomically
 from fastpose.ops import set_fused, use_fused
+from fastpose.plan import NotOptimizable, optimize
 
 
 def export_torchscript(model: nn.Module, path: str | Path, input_size: tuple[int, int], fused: bool = False) -> float:
@@ -16,8 +18,9 @@ def export_torchscript(model: nn.Module, path: str | Path, input_size: tuple[int
 
     Args:
         input_size: (height, width) of the check's input; the file takes any size and batch the model takes.
-        fused: use fastpose's kernels. Such a file needs ``import fastpose`` (or the operator library alone,
-            `fastpose info` prints its path) in the process that loads it; one without runs on plain torch.
+        fused: use fastpose's kernels: the network as `optimize` makes it where possible, its fused layers otherwise.
+            Such a file needs ``import fastpose`` (or the operator library alone, `fastpose info` prints its path) in
+            the process that loads it; one without runs on plain torch.
 
     Returns:
         The largest difference between the file's and the model's outputs, relative to the largest output.
@@ -32,7 +35,11 @@ def export_torchscript(model: nn.Module, path: str | Path, input_size: tuple[int
         x = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected = model(x)
-            scripted = torch.jit.freeze(torch.jit.script(model))
+            network: nn.Module = model
+            if fused:
+                with contextlib.suppress(NotOptimizable):
+                    network = optimize(model, input_size)
+            scripted = torch.jit.freeze(torch.jit.script(network))
 
         def write(temporary: Path) -> None:
             torch.jit.save(scripted, str(temporary))

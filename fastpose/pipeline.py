@@ -20,10 +20,15 @@ from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_cro
 from fastpose.images import Array, to_rgb
 from fastpose.layers import channels_last
 from fastpose.models import create_model
-from fastpose.ops import oks_nms, rescore
+from fastpose.ops import oks_nms, rescore, use_fused
+from fastpose.plan import NotOptimizable
+from fastpose.plan import optimize as fastpose_optimize
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize
 from fastpose.skeletons import Skeleton, get_skeleton
+
+# preparing an optimised network costs about as much as it saves on so many crops
+OPTIMIZE_AFTER = 128
 
 
 class BoxError(ValueError):
@@ -46,6 +51,8 @@ class PoseEstimator:
         nms: suppression of duplicates among detected people: ``"hard"``, ``"soft"``, ``"parallel"`` or ``"none"``;
             nms_threshold: see `fastpose.ops.oks_nms`. Given boxes are never suppressed.
         keypoint_threshold: keypoints that score less count neither for the instance score nor for OKS.
+        optimize: run the network through `fastpose.optimize`, which takes some seconds to prepare. None: on a CPU, once
+            it pays, which is after `OPTIMIZE_AFTER` crops, and where the network and the installation allow it.
         channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
 
     Raises:
@@ -64,6 +71,7 @@ class PoseEstimator:
         nms: str = "hard",
         nms_threshold: float | None = None,
         keypoint_threshold: float = 0.1,
+        optimize: bool | None = None,
         channel_order: str = "rgb",
     ) -> None:
         if channel_order not in ("rgb", "bgr"):
@@ -78,6 +86,10 @@ class PoseEstimator:
         self.info: WeightsInfo = read_info(resolve_weights(weights, model))
         self.skeleton: Skeleton = get_skeleton(self.info.skeleton)
         self.model = channels_last(network.to(self.device))
+        self._crops_until_optimized = 0 if optimize else OPTIMIZE_AFTER
+        self._may_optimize = optimize is True or (optimize is None and self.device.type == "cpu" and use_fused())
+        if optimize:
+            self._optimize(required=True)
         self.detector, self.notice = make_detector(detector)
         self.try_whole_image = isinstance(detector, str) and detector == "auto"
         self.batch_size = batch_size
@@ -167,11 +179,22 @@ class PoseEstimator:
             raise BoxError(f"the detector returned {len(checked)} boxes and {len(scores)} scores")
         return checked, scores, False
 
+    def _optimize(self, required: bool) -> None:
+        self._may_optimize = False
+        try:
+            self.model = fastpose_optimize(self.model, self.info.input_size)
+        except NotOptimizable:
+            if required:
+                raise
+
     def _keypoints(self, images: list[Array], boxes: Array, index: Array) -> tuple[Array, Array]:
         k, size = self.skeleton.num_keypoints, self.info.input_size
         keypoints = np.zeros((len(boxes), k, 2), np.float32)
         scores = np.zeros((len(boxes), k), np.float32)
         matrices = [crop_matrix(box, size, self.info.padding) for box in boxes]
+        self._crops_until_optimized -= len(boxes)
+        if self._may_optimize and self._crops_until_optimized < 0:
+            self._optimize(required=False)
         for start in range(0, len(boxes), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(boxes)))
             crops = np.stack([warp_crop(images[i], m, size) for i, m in zip(index[part], matrices[part], strict=True)])

@@ -13,7 +13,9 @@ from fastpose import BoxError, ImageError, PoseEstimator, Poses
 from fastpose.checkpoints import read_info, resolve_weights, save_weights
 from fastpose.detect import HOG_MISSING, hog_available, make_detector
 from fastpose.images import find_images, read_image
+from fastpose.pipeline import OPTIMIZE_AFTER
 from fastpose.skeletons import COCO17, LSP14, MPII16, Skeleton, get_skeleton
+from tests.conftest import needs_kernels
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +263,15 @@ def test_grey_alpha_and_16_bit_files(tmp_path, photo, suffix):
         cv2.imwrite(str(tmp_path / f"image{suffix}"), image)
         read = read_image(tmp_path / f"image{suffix}")
         assert read.shape == photo.shape and read.dtype == np.uint8
+
+
+@needs_kernels
+def test_optimised_after_some_crops_with_the_same_result(photo):
+    box = [20, 10, 200, 220]
+    plain, lazy, eager = (PoseEstimator(detector="none", optimize=o) for o in (False, None, True))
+    expected = plain(photo, box).keypoints
+    assert isinstance(eager.model, fastpose.Optimized) and not isinstance(plain.model, fastpose.Optimized)
+    assert np.allclose(eager(photo, box).keypoints, expected, atol=1e-2)
+    many = lazy(photo, [box] * (OPTIMIZE_AFTER + 1)).keypoints
+    assert isinstance(lazy.model, fastpose.Optimized) and not isinstance(plain.model, fastpose.Optimized)
+    assert np.allclose(many, expected, atol=1e-2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_ops.so"
-OPS = ("ghost_cheap", "ghost_cheap_backward", "dw_upsample", "dw_upsample_backward", "oks_nms")
+OPS = ("ghost_cheap", "ghost_cheap_backward", "dw_upsample", "dw_upsample_backward", "oks_nms", "run_plan")
 
 
 def _load() -> tuple[bool, str]:
@@ -86,7 +86,10 @@ def register(
     if backward is None:
 
         def refuse(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(f"{name} is not differentiable; call fastpose.set_fused(model, False) for the reference")
+            raise RuntimeError(
+                f"{name} has no gradient here; the reference has: fastpose.set_fused(model, False), "
+                "or the network that was optimised"
+            )
 
         backward = refuse
     torch.library.register_autograd(name, backward, setup_context=setup_context)

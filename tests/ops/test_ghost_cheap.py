@@ -123,7 +123,7 @@ def test_second_derivative_is_refused():
     x, weight, bias = sample((1, 4, 3, 3), dtype=torch.float64)
     x.requires_grad_()
     (g,) = torch.autograd.grad(ghost_cheap(x, weight, bias, "silu").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="not differentiable"):
+    with pytest.raises(RuntimeError, match="has no gradient"):
         g.sum().backward()
 
 

@@ -1,0 +1,335 @@
+// Runs the instruction list of an optimised network (cpu/run_plan.h): one call, one team of threads, one block of
+// memory.
+//
+// With at least as many images as threads every thread takes whole images, so nothing waits and a thread's maps stay in
+// its own cache. With fewer, all threads work on one image: an instruction is cut into tiles, which threads claim one
+// by one, and the next begins when all are done. Whoever comes takes part: fewer threads than asked for, even one,
+// finish the work, so a nested or a busy pool cannot deadlock.
+#include "cpu/run_plan.h"
+
+#include <sched.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/depthwise.h"
+
+#define FASTPOSE_KERNEL_FILE "cpu/run_plan_kernel.h"
+#include "cpu/foreach_isa.h"
+
+namespace fastpose {
+namespace {
+
+constexpr int64_t kVersion = 1;
+constexpr int64_t kStepFields = 13;
+constexpr int kArenaSlot = 1, kGatherSlot = 2;
+
+struct Plan {
+  std::vector<int64_t> channels;  // per map
+  std::vector<PlanStep> steps;
+  std::vector<int64_t> outputs, last_use;
+  int64_t input = 0;
+  const float* weights = nullptr;
+};
+
+// A plan for images of one size: where every map lies in a block of memory.
+struct Layout {
+  std::vector<PlanMap> maps;
+  std::vector<int64_t> offset;
+  int64_t floats = 0, gather = 0;
+};
+
+Plan parse(const Tensor& program, const Tensor& weights) {
+  const char* op = "run_plan";
+  FASTPOSE_CHECK(program.dim() == 1 && program.scalar_type() == ScalarType::Long && program.is_contiguous(), op,
+                 ": program must be a contiguous int64 [n]");
+  FASTPOSE_CHECK(weights.dim() == 1 && weights.scalar_type() == ScalarType::Float && weights.is_contiguous(), op,
+                 ": weights must be a contiguous float32 [n], got ", name(weights.scalar_type()), " ", shape(weights));
+  const int64_t* p = static_cast<const int64_t*>(program.const_data_ptr());
+  const int64_t length = program.size(0);
+  FASTPOSE_CHECK(length >= 5 && p[0] == kVersion, op, ": program of version ", length > 0 ? p[0] : -1,
+                 ", this library runs version ", kVersion, "; optimise the model again");
+  const int64_t maps = p[1], steps = p[2], outputs = p[4];
+  FASTPOSE_CHECK(maps > 0 && steps >= 0 && outputs > 0 && maps < (1 << 20) && steps < (1 << 20) && outputs <= maps &&
+                     length == 5 + outputs + maps + steps * kStepFields,
+                 op, ": program is damaged (length)");
+  Plan plan;
+  plan.input = p[3];
+  plan.outputs.assign(p + 5, p + 5 + outputs);
+  plan.channels.assign(p + 5 + outputs, p + 5 + outputs + maps);
+  plan.weights = static_cast<const float*>(weights.const_data_ptr());
+  plan.last_use.assign(static_cast<size_t>(maps), -1);
+  std::vector<bool> written(static_cast<size_t>(maps));
+  const auto valid = [&](int64_t m) { return m >= 0 && m < maps; };
+  FASTPOSE_CHECK(valid(plan.input), op, ": program is damaged (input)");
+  written[static_cast<size_t>(plan.input)] = true;
+  for (const int64_t c : plan.channels) FASTPOSE_CHECK(c > 0 && c < (1 << 20), op, ": program is damaged (channels)");
+  const int64_t* q = p + 5 + outputs + maps;
+  for (int64_t i = 0; i < steps; ++i, q += kStepFields) {
+    float constant;
+    const int32_t bits = static_cast<int32_t>(q[12]);
+    std::memcpy(&constant, &bits, sizeof(constant));
+    const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],    q[4], q[5], q[6], q[7],
+                     static_cast<PlanAct>(q[8]), q[9], q[10], constant};
+    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kActivate) && q[8] >= 0 &&
+              q[8] <= static_cast<int64_t>(PlanAct::kSigmoid);
+    for (const int64_t m : {s.in, s.other, s.gate}) {
+      if (m == -1 && m != s.in) continue;
+      ok = ok && valid(m) && written[static_cast<size_t>(m)];
+      if (ok) plan.last_use[static_cast<size_t>(m)] = i;
+    }
+    ok = ok && valid(s.out) && !written[static_cast<size_t>(s.out)];
+    FASTPOSE_CHECK(ok, op, ": program is damaged (step ", i, ")");
+    written[static_cast<size_t>(s.out)] = true;
+    const int64_t in_channels = plan.channels[static_cast<size_t>(s.in)];
+    const int64_t out_stride = ceil_div(plan.channels[static_cast<size_t>(s.out)], kPad) * kPad;
+    int64_t needed = 0;
+    if (s.op == PlanOp::kConv) {
+      ok = s.kernel >= 1 && s.kernel <= 31 && s.stride >= 1 && s.stride <= 31 && s.padding >= 0 && s.padding < s.kernel;
+      needed = s.kernel * s.kernel * in_channels * out_stride;
+    } else {
+      ok = in_channels == plan.channels[static_cast<size_t>(s.out)];
+      if (s.op == PlanOp::kDepthwise) {
+        ok = ok && (s.kernel == 3 || s.kernel == 5 || s.kernel == 7) && (s.stride == 1 || s.stride == 2) &&
+             s.padding == s.kernel / 2;
+        needed = s.kernel * s.kernel * out_stride;
+      } else if (s.op == PlanOp::kUpsample) {
+        needed = 16 * out_stride;
+      }
+    }
+    if (needed > 0) {
+      ok = ok && s.weight >= 0 && s.weight + needed <= weights.size(0) && s.bias >= 0 &&
+           s.bias + out_stride <= weights.size(0);
+    }
+    for (const int64_t m : {s.other, s.gate}) {
+      if (m >= 0) ok = ok && plan.channels[static_cast<size_t>(m)] == plan.channels[static_cast<size_t>(s.out)];
+    }
+    ok = ok && (s.op == PlanOp::kConv || s.in != plan.input);  // the input's pixels are not padded
+    ok = ok && (s.op != PlanOp::kScale || s.gate >= 0) && (s.op != PlanOp::kAdd || s.other >= 0);
+    FASTPOSE_CHECK(ok, op, ": program is damaged (operands of step ", i, ")");
+    plan.steps.push_back(s);
+  }
+  for (const int64_t m : plan.outputs) {
+    FASTPOSE_CHECK(valid(m) && written[static_cast<size_t>(m)] && m != plan.input, op,
+                   ": program is damaged (outputs)");
+    plan.last_use[static_cast<size_t>(m)] = steps;
+  }
+  return plan;
+}
+
+// Sizes of all maps for input images of height x width, and their places: a map takes the first gap that is free from
+// the step that writes it to the last that reads it.
+Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
+  Layout l;
+  l.maps.resize(plan.channels.size());
+  l.offset.assign(plan.channels.size(), -1);
+  for (size_t m = 0; m < l.maps.size(); ++m) {
+    l.maps[m].channels = plan.channels[m];
+    l.maps[m].stride = ceil_div(plan.channels[m], kPad) * kPad;
+  }
+  PlanMap& input = l.maps[static_cast<size_t>(plan.input)];
+  input.stride = input.channels;
+  input.height = height;
+  input.width = width;
+  struct Used {
+    int64_t begin, end, map;
+  };
+  std::vector<Used> used;  // sorted by begin
+  const auto place = [&](int64_t m) {
+    const int64_t size =
+        ceil_div(l.maps[static_cast<size_t>(m)].pixels() * l.maps[static_cast<size_t>(m)].stride, 16) * 16;
+    int64_t begin = 0;
+    size_t at = 0;
+    for (; at < used.size() && used[at].begin - begin < size; ++at) begin = used[at].end;
+    used.insert(used.begin() + static_cast<std::ptrdiff_t>(at), {begin, begin + size, m});
+    l.offset[static_cast<size_t>(m)] = begin;
+    l.floats = std::max(l.floats, begin + size);
+  };
+  place(plan.input);
+  for (size_t i = 0; i < plan.steps.size(); ++i) {
+    const PlanStep& s = plan.steps[i];
+    const PlanMap& in = l.maps[static_cast<size_t>(s.in)];
+    PlanMap& out = l.maps[static_cast<size_t>(s.out)];
+    out.height = in.height;
+    out.width = in.width;
+    if (s.op == PlanOp::kConv || s.op == PlanOp::kDepthwise) {
+      out.height = (in.height + 2 * s.padding - s.kernel) / s.stride + 1;
+      out.width = (in.width + 2 * s.padding - s.kernel) / s.stride + 1;
+      FASTPOSE_CHECK(in.height + 2 * s.padding >= s.kernel && in.width + 2 * s.padding >= s.kernel,
+                     "run_plan: images of ", height, " x ", width, " are too small for this network");
+      if (s.op == PlanOp::kConv) l.gather = std::max(l.gather, 12 * s.kernel * s.kernel * in.channels);
+    } else if (s.op == PlanOp::kUpsample) {
+      out.height = 2 * in.height;
+      out.width = 2 * in.width;
+    } else if (s.op == PlanOp::kMean) {
+      out.height = out.width = 1;
+    }
+    if (s.other >= 0) {
+      const PlanMap& other = l.maps[static_cast<size_t>(s.other)];
+      FASTPOSE_CHECK(other.height == out.height && other.width == out.width, "run_plan: images of ", height, " x ",
+                     width, " give maps of different sizes in step ", i);
+    }
+    if (s.gate >= 0) FASTPOSE_CHECK(l.maps[static_cast<size_t>(s.gate)].pixels() == 1, "run_plan: a gate has pixels");
+    place(s.out);
+    for (size_t u = used.size(); u-- > 0;) {
+      const int64_t last = plan.last_use[static_cast<size_t>(used[u].map)];
+      if (last <= static_cast<int64_t>(i) && used[u].map != s.out)
+        used.erase(used.begin() + static_cast<std::ptrdiff_t>(u));
+    }
+  }
+  return l;
+}
+
+// The steps on the maps of one image whose block of memory is `arena`, cut for `threads`.
+void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads, std::vector<PlanTask>& tasks) {
+  const auto map = [&](int64_t m) {
+    PlanMap result;
+    if (m >= 0) {
+      result = l.maps[static_cast<size_t>(m)];
+      result.data = arena + l.offset[static_cast<size_t>(m)];
+    }
+    return result;
+  };
+  tasks.clear();
+  for (const PlanStep& s : plan.steps) {
+    PlanTask t{&s,
+               map(s.in),
+               map(s.other),
+               map(s.gate),
+               map(s.out),
+               plan.weights + std::max<int64_t>(s.weight, 0),
+               plan.weights + std::max<int64_t>(s.bias, 0),
+               1,
+               0};
+    int64_t rows = t.out.pixels(), unit = 12;
+    if (s.op == PlanOp::kDepthwise) rows = t.out.height, unit = 1;
+    if (s.op == PlanOp::kUpsample) rows = t.in.height, unit = 1;
+    if (s.op == PlanOp::kMean) rows = unit = 1;
+    // four tiles per thread, so that one who was interrupted does not hold up the others for long
+    const int64_t wanted = threads == 1 ? 1 : 4 * threads;
+    t.tile_rows = ceil_div(ceil_div(rows, wanted), unit) * unit;
+    t.tiles = ceil_div(rows, t.tile_rows);
+    tasks.push_back(t);
+  }
+}
+
+void read_image(const Tensor& x, int64_t image, const PlanMap& map) {
+  const View v(x);
+  for (int64_t h = 0; h < map.height; ++h) {
+    float* to = map.data + h * map.width * map.stride;
+    if (v.c == 1 && v.w == map.channels) {
+      std::memcpy(to, v.at<const float>(image, 0, h), static_cast<size_t>(map.width * map.channels) * sizeof(float));
+      continue;
+    }
+    for (int64_t c = 0; c < map.channels; ++c) {
+      const float* from = v.at<const float>(image, c, h);
+      for (int64_t w = 0; w < map.width; ++w) to[w * map.stride + c] = from[w * v.w];
+    }
+  }
+}
+
+void write_image(const PlanMap& map, int64_t image, const Tensor& y) {
+  const View v(y);
+  if (v.c == 1) {
+    float* to = v.at<float>(image, 0);
+    for (int64_t p = 0; p < map.pixels(); ++p) {
+      std::memcpy(to + p * map.channels, map.data + p * map.stride, static_cast<size_t>(map.channels) * sizeof(float));
+    }
+    return;
+  }
+  for (int64_t c = 0; c < map.channels; ++c) {
+    float* to = v.at<float>(image, c);
+    for (int64_t p = 0; p < map.pixels(); ++p) to[p] = map.data[p * map.stride + c];
+  }
+}
+
+std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tensor& weights,
+                             std::vector<int64_t> sizes) {
+  FASTPOSE_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float, "run_plan: x must be float32 [B, C, H, W], got ",
+                 name(x.scalar_type()), " ", shape(x));
+  const Plan plan = parse(program, weights);
+  FASTPOSE_CHECK(x.size(1) == plan.channels[static_cast<size_t>(plan.input)], "run_plan: x must have ",
+                 plan.channels[static_cast<size_t>(plan.input)], " channels, got ", shape(x));
+  FASTPOSE_CHECK(x.size(2) > 0 && x.size(3) > 0, "run_plan: x must have pixels, got ", shape(x));
+  const Layout layout = lay_out(plan, x.size(2), x.size(3));
+  const int64_t images = x.size(0);
+  FASTPOSE_CHECK(sizes.size() == 3 * plan.outputs.size(), "run_plan: outputs must hold 3 numbers for each of ",
+                 plan.outputs.size(), " outputs, got ", sizes.size());
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < plan.outputs.size(); ++i) {
+    const PlanMap& map = layout.maps[static_cast<size_t>(plan.outputs[i])];
+    FASTPOSE_CHECK(map.channels == sizes[3 * i], "run_plan: output ", i, " has ", map.channels,
+                   " channels, announced were ", sizes[3 * i]);
+    outputs.push_back(empty({images, map.channels, map.height, map.width}, !x.is_contiguous() && is_channels_last(x), x));
+  }
+  uint32_t pool = 1;
+  torch_get_num_threads(&pool);
+  const int64_t threads = pool;
+
+  const auto input = [&](float* arena) {
+    PlanMap map = layout.maps[static_cast<size_t>(plan.input)];
+    map.data = arena + layout.offset[static_cast<size_t>(plan.input)];
+    return map;
+  };
+  const auto write = [&](float* arena, int64_t image) {
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      PlanMap map = layout.maps[static_cast<size_t>(plan.outputs[i])];
+      map.data = arena + layout.offset[static_cast<size_t>(plan.outputs[i])];
+      write_image(map, image, outputs[i]);
+    }
+  };
+
+  const int64_t alone = threads == 1 ? images : images / threads * threads;  // images done by one thread each
+  std::atomic<int64_t> next{0};
+  if (alone > 0) {
+    parallel_for(threads, 1, [&](int64_t, int64_t) {
+      float* arena = scratch<float>(kArenaSlot, layout.floats + kPad);
+      float* gather = scratch<float>(kGatherSlot, layout.gather + kPad);
+      thread_local std::vector<PlanTask> tasks;
+      bind_maps(plan, layout, arena, 1, tasks);
+      for (int64_t image; (image = next.fetch_add(1)) < alone;) {
+        read_image(x, image, input(arena));
+        for (const PlanTask& t : tasks) FASTPOSE_CALL(PlanLevel::run, t, 0, gather);
+        write(arena, image);
+      }
+    });
+  }
+  if (alone < images) {
+    struct alignas(64) Progress {
+      std::atomic<int64_t> next{0}, done{0};
+    };
+    float* arena = scratch<float>(kArenaSlot, layout.floats + kPad);
+    thread_local std::vector<PlanTask> bound;
+    std::vector<PlanTask>& tasks = bound;
+    bind_maps(plan, layout, arena, threads, tasks);
+    for (int64_t image = alone; image < images; ++image) {
+      read_image(x, image, input(arena));
+      const std::unique_ptr<Progress[]> progress(new Progress[tasks.size()]);
+      parallel_for(threads, 1, [&](int64_t, int64_t) {
+        float* gather = scratch<float>(kGatherSlot, layout.gather + kPad);
+        for (size_t i = 0; i < tasks.size(); ++i) {
+          const PlanTask& t = tasks[i];
+          for (int64_t tile; (tile = progress[i].next.fetch_add(1)) < t.tiles;) {
+            FASTPOSE_CALL(PlanLevel::run, t, tile, gather);
+            progress[i].done.fetch_add(1, std::memory_order_release);
+          }
+          for (int spins = 0; progress[i].done.load(std::memory_order_acquire) < t.tiles; ++spins) {
+            if (spins > 2000) sched_yield();
+          }
+        }
+      });
+      write(arena, image);
+    }
+  }
+  return outputs;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastpose, CPU, m) { m.impl("run_plan", TORCH_BOX(&run_plan)); }
+
+}  // namespace fastpose

@@ -1,0 +1,52 @@
+// A network as a list of instructions over feature maps: what `fastpose.optimize` makes of a model
+// (fastpose/plan.py) and csrc/cpu/run_plan.cpp runs.
+//
+// Maps are channels-last, float, one image at a time: pixel p of a map begins at p * stride, where stride is the number
+// of channels rounded up to kPad, so that every vector is full; the padding holds finite numbers that nothing depends
+// on.
+#pragma once
+
+#include <cstdint>
+
+namespace fastpose {
+
+constexpr int64_t kPad = 16;    // floats: the widest vector
+constexpr int64_t kPanel = 32;  // output channels per packed panel of a convolution's weights; the last may be 16
+
+enum class PlanAct : int64_t { kNone, kRelu, kHardswish, kSilu, kHardsigmoid, kSigmoid };
+
+enum class PlanOp : int64_t {
+  kConv,       // dense k x k convolution + bias (+ map `other`) + activation; weights [panel][k * k * in][width]
+  kDepthwise,  // depthwise k x k convolution + bias + activation; weights [k * k][stride of the map]
+  kUpsample,   // depthwise transposed 4x4 convolution, stride 2, padding 1, + bias + activation; weights [16][stride]
+  kMean,       // mean over all pixels
+  kScale,      // act(map * (gate + constant) (+ other)), the gate one number per channel
+  kAdd,        // act(map + other)
+  kActivate,   // act(map)
+};
+
+struct PlanStep {
+  PlanOp op;
+  int64_t in, other, gate, out;  // maps; -1 if absent
+  int64_t kernel, stride, padding;
+  PlanAct act;
+  int64_t weight, bias;  // offsets into the weights
+  float constant;
+};
+
+struct PlanMap {
+  int64_t channels = 0, stride = 0, height = 0, width = 0;
+  float* data = nullptr;
+  int64_t pixels() const { return height * width; }
+};
+
+// One instruction on concrete maps.
+struct PlanTask {
+  const PlanStep* step;
+  PlanMap in, other, gate, out;
+  const float *weight, *bias;
+  int64_t tiles;      // independent parts
+  int64_t tile_rows;  // output pixels (kConv) or rows per part
+};
+
+}  // namespace fastpose

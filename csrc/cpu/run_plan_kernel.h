@@ -1,0 +1,354 @@
+// Compiled once per instruction set level; see cpu/foreach_isa.h. The instructions of cpu/run_plan.h.
+#include "cpu/vec.h"
+
+namespace fastpose {
+namespace FASTPOSE_ISA {
+namespace {
+
+using V = Vec<float>;
+constexpr int kL = kLanes<float>;
+// Registers decide the tile of the matrix product: rows x 2 vectors of sums, 2 of weights and 1 broadcast number fit 32
+// registers (AVX-512: 12 x 32 sums) or 16 (6 x 16, 6 x 8). 12 rows read 14 numbers for 24 multiplications.
+constexpr int kRows = FASTPOSE_VECTOR_BYTES == 64 ? 12 : 6;
+constexpr bool kUseHalf = FASTPOSE_VECTOR_BYTES == 64;
+
+FASTPOSE_INLINE V apply(V x, PlanAct act) {
+  const V zero{}, one = splat(1.0f);
+  switch (act) {
+    case PlanAct::kRelu: return activate<Activation::kRelu, float>(x);
+    case PlanAct::kHardswish: return activate<Activation::kHardswish, float>(x);
+    case PlanAct::kSilu: return activate<Activation::kSilu, float>(x);
+    case PlanAct::kHardsigmoid: {
+      const V y = x * (1.0f / 6) + 0.5f;
+      return y < zero ? zero : y > one ? one : y;
+    }
+    case PlanAct::kSigmoid: return one / (one + exp(-x));
+    default: return x;
+  }
+}
+
+#if FASTPOSE_VECTOR_BYTES == 64
+// Half a vector, for the last channels: 24 channels are a vector and a half, not two.
+typedef float Half __attribute__((vector_size(32)));
+typedef float HalfUnaligned __attribute__((vector_size(32), aligned(4), may_alias));
+FASTPOSE_INLINE Half load_half(const float* p) { return *reinterpret_cast<const HalfUnaligned*>(p); }
+FASTPOSE_INLINE V widen(Half h) {
+  const Half zero{};
+  return __builtin_shufflevector(h, zero, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+#else
+typedef V Half;  // never used: smaller vectors leave little unused
+FASTPOSE_INLINE Half load_half(const float* p) { return load(p); }
+FASTPOSE_INLINE V widen(Half h) { return h; }
+#endif
+
+// What a tile works on: rows r of `a`, a column of the packed weights, and the same columns of bias, other and out.
+struct ConvTile {
+  const float* a;
+  int64_t a_stride, depth;
+  const float* weight;
+  int64_t weight_stride;
+  const float *bias, *other;
+  int64_t other_stride;
+  float* out;
+  int64_t out_stride;
+  PlanAct act;
+};
+
+FASTPOSE_INLINE void finish(const ConvTile& t, int r, int64_t c, V y) {
+  if (t.other != nullptr) y += load(t.other + r * t.other_stride + c);
+  store(t.out + r * t.out_stride + c, apply(y, t.act));
+}
+
+// out[r] = act(bias + sum_k a[r][k] weight[k] (+ other[r])) for kR rows and kFull vectors, and half a one if kHalf, of
+// channels: the sums stay in registers.
+template <int kR, int kFull, bool kHalf>
+FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
+  V sum[kR][kFull > 0 ? kFull : 1];
+  Half half[kR];
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kFull; ++v) sum[r][v] = load(t.bias + v * kL);
+    if (kHalf) half[r] = load_half(t.bias + kFull * kL);
+  }
+  const float *a = t.a, *weight = t.weight;
+  for (int64_t k = 0; k < t.depth; ++k, ++a, weight += t.weight_stride) {
+    V w[kFull > 0 ? kFull : 1];
+    Half h{};
+#pragma GCC unroll 2
+    for (int v = 0; v < kFull; ++v) w[v] = load(weight + v * kL);
+    if (kHalf) h = load_half(weight + kFull * kL);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const float s = a[r * t.a_stride];
+#pragma GCC unroll 2
+      for (int v = 0; v < kFull; ++v) sum[r][v] += s * w[v];
+      if (kHalf) half[r] += s * h;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kFull; ++v) finish(t, r, v * kL, sum[r][v]);
+    if (kHalf) finish(t, r, kFull * kL, widen(half[r]));
+  }
+}
+
+// kR rows, all channels.
+template <int kR>
+void conv_row_block(const float* a, int64_t a_stride, int64_t depth, const PlanTask& task, int64_t row) {
+  const int64_t channels = task.out.channels, stride = task.out.stride;
+  ConvTile t{a, a_stride, depth, nullptr, 0, nullptr, nullptr, task.other.stride, nullptr, stride, task.step->act};
+  for (int64_t n = 0; n < stride; n += kPanel) {
+    t.weight_stride = stride - n < kPanel ? stride - n : kPanel;
+    for (int64_t c = 0; c < t.weight_stride && n + c < channels;) {
+      const int64_t left = channels - n - c;  // of all panels
+      t.weight = task.weight + n * depth + c;
+      t.bias = task.bias + n + c;
+      t.other = task.other.data ? task.other.data + row * task.other.stride + n + c : nullptr;
+      t.out = task.out.data + row * stride + n + c;
+      if (c + 2 * kL <= t.weight_stride && left > (kUseHalf ? kL + kL / 2 : kL)) {
+        conv_tile<kR, 2, false>(t);
+        c += 2 * kL;
+      } else if (kUseHalf && left > kL) {
+        conv_tile<kR, 1, kUseHalf>(t);
+        c += 2 * kL;
+      } else if (kUseHalf && left <= kL / 2) {
+        conv_tile<kR, 0, kUseHalf>(t);
+        c += kL;
+      } else {
+        conv_tile<kR, 1, false>(t);
+        c += kL;
+      }
+    }
+  }
+}
+
+// `rows` rows of the matrix product, for output pixels from `first` on.
+void conv_rows(const float* a, int64_t a_stride, int64_t rows, int64_t depth, const PlanTask& t, int64_t first) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) conv_row_block<kRows>(a + r * a_stride, a_stride, depth, t, first + r);
+  for (; r + 4 <= rows; r += 4) conv_row_block<4>(a + r * a_stride, a_stride, depth, t, first + r);
+  for (; r < rows; ++r) conv_row_block<1>(a + r * a_stride, a_stride, depth, t, first + r);
+}
+
+// In whole vectors: up to kL - 1 numbers more are read and written. Copies go forward, so the next one repairs that,
+// and behind every map and scratch there is room.
+FASTPOSE_INLINE void copy(float* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += kL) store(to + i, load(from + i));
+}
+
+// The k * k input pixels from (y, x) on, one after the other; zeros outside the map.
+FASTPOSE_INLINE void gather(const PlanTask& t, int64_t y, int64_t x, float* to) {
+  const int64_t k = t.step->kernel, channels = t.in.channels, stride = t.in.stride;
+  for (int64_t ky = 0; ky < k; ++ky, to += k * channels) {
+    const float* row = t.in.data + (y + ky) * t.in.width * stride;
+    if (y + ky < 0 || y + ky >= t.in.height) {
+      for (int64_t i = 0; i < k * channels; ++i) to[i] = 0;
+    } else if (stride == channels && x >= 0 && x + k <= t.in.width) {
+      copy(to, row + x * stride, k * channels);
+    } else {
+      for (int64_t kx = 0; kx < k; ++kx) {
+        if (x + kx >= 0 && x + kx < t.in.width) {
+          copy(to + kx * channels, row + (x + kx) * stride, channels);
+        } else {
+          for (int64_t c = 0; c < channels; ++c) to[kx * channels + c] = 0;
+        }
+      }
+    }
+  }
+}
+
+// Dense convolution: output pixels as rows of a matrix product. A 1x1 convolution reads the map itself; otherwise the
+// k * k input pixels under each output pixel are gathered into `scratch` first, which costs 1 / out_channels of the
+// product and turns every stride and border into the same loop.
+void conv(const PlanTask& t, int64_t tile, float* scratch) {
+  const PlanStep& s = *t.step;
+  const int64_t begin = tile * t.tile_rows, pixels = t.out.pixels();
+  const int64_t end = begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels;
+  const int64_t channels = t.in.channels;
+  if (s.kernel == 1 && s.stride == 1) {
+    conv_rows(t.in.data + begin * t.in.stride, t.in.stride, end - begin, channels, t, begin);
+    return;
+  }
+  const int64_t depth = s.kernel * s.kernel * channels;
+  for (int64_t first = begin; first < end; first += kRows) {
+    const int64_t rows = end - first < kRows ? end - first : kRows;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t y = (first + r) / t.out.width * s.stride - s.padding;
+      const int64_t x = (first + r) % t.out.width * s.stride - s.padding;
+      gather(t, y, x, scratch + r * depth);
+    }
+    conv_rows(scratch, depth, rows, depth, t, first);
+  }
+}
+
+// Depthwise convolution, output columns [x, x + kT) of one row, all channels. `rows` are the k input rows, null outside
+// the map; all columns lie inside it.
+template <int kT, int kK, int kS>
+void depthwise_tile(const PlanTask& t, const float* const* rows, int64_t x, float* out) {
+  const int64_t stride = t.in.stride, left = (x * kS - t.step->padding) * stride;
+  const PlanAct act = t.step->act;
+  for (int64_t c = 0; c < stride; c += kL) {
+    V sum[kT];
+    const V bias = load(t.bias + c);
+#pragma GCC unroll 16
+    for (int i = 0; i < kT; ++i) sum[i] = bias;
+#pragma GCC unroll 8
+    for (int ky = 0; ky < kK; ++ky) {
+      if (rows[ky] == nullptr) continue;
+      const float* in = rows[ky] + left + c;
+#pragma GCC unroll 8
+      for (int kx = 0; kx < kK; ++kx) {
+        const V w = load(t.weight + (ky * kK + kx) * stride + c);
+#pragma GCC unroll 16
+        for (int i = 0; i < kT; ++i) sum[i] += load(in + (i * kS + kx) * stride) * w;
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kT; ++i) store(out + i * stride + c, apply(sum[i], act));
+  }
+}
+
+// The same for one column that sees beyond the map's border; a sum per kernel row, since one sum would wait for itself.
+template <int kK, int kS>
+void depthwise_edge(const PlanTask& t, const float* const* rows, int64_t x, float* out) {
+  const int64_t stride = t.in.stride, width = t.in.width, left = x * kS - t.step->padding;
+  const int64_t begin = left < 0 ? -left : 0, end = left + kK > width ? width - left : kK;
+  for (int64_t c = 0; c < stride; c += kL) {
+    V sum[kK]{};
+    for (int64_t kx = begin; kx < end; ++kx) {
+#pragma GCC unroll 8
+      for (int ky = 0; ky < kK; ++ky) {
+        if (rows[ky] == nullptr) continue;
+        sum[ky] += load(rows[ky] + (left + kx) * stride + c) * load(t.weight + (ky * kK + kx) * stride + c);
+      }
+    }
+    V y = load(t.bias + c);
+#pragma GCC unroll 8
+    for (int ky = 0; ky < kK; ++ky) y += sum[ky];
+    store(out + c, apply(y, t.step->act));
+  }
+}
+
+template <int kK, int kS>
+void depthwise_rows(const PlanTask& t, int64_t begin, int64_t end) {
+  constexpr int kT = FASTPOSE_VECTOR_BYTES == 64 ? 8 : 4;
+  const PlanStep& s = *t.step;
+  const int64_t stride = t.in.stride, width = t.in.width, p = s.padding, columns = t.out.width;
+  // columns whose window lies inside the map
+  const int64_t safe_begin = (p + kS - 1) / kS;
+  const int64_t last = (width - kK + p) / kS;  // the last safe column, if width + p >= kK
+  const int64_t safe_end = width + p < kK ? safe_begin : last + 1 < columns ? last + 1 : columns;
+  for (int64_t y = begin; y < end; ++y) {
+    const float* rows[kK];
+    for (int ky = 0; ky < kK; ++ky) {
+      const int64_t iy = y * kS - p + ky;
+      rows[ky] = iy >= 0 && iy < t.in.height ? t.in.data + iy * width * stride : nullptr;
+    }
+    // channels innermost: memory is read in order, and the weights of all channels fit the second-level cache
+    float* out = t.out.data + y * columns * stride;
+    int64_t x = 0;
+    for (; x < columns && x < safe_begin; ++x) depthwise_edge<kK, kS>(t, rows, x, out + x * stride);
+    for (; x + kT <= safe_end; x += kT) depthwise_tile<kT, kK, kS>(t, rows, x, out + x * stride);
+    for (; x + 2 <= safe_end; x += 2) depthwise_tile<2, kK, kS>(t, rows, x, out + x * stride);
+    for (; x < columns; ++x) depthwise_edge<kK, kS>(t, rows, x, out + x * stride);
+  }
+}
+
+void depthwise(const PlanTask& t, int64_t tile) {
+  const int64_t begin = tile * t.tile_rows;
+  const int64_t end = begin + t.tile_rows < t.out.height ? begin + t.tile_rows : t.out.height;
+  const int64_t k = t.step->kernel, s = t.step->stride;
+  if (k == 3) return s == 1 ? depthwise_rows<3, 1>(t, begin, end) : depthwise_rows<3, 2>(t, begin, end);
+  if (k == 5) return s == 1 ? depthwise_rows<5, 1>(t, begin, end) : depthwise_rows<5, 2>(t, begin, end);
+  return s == 1 ? depthwise_rows<7, 1>(t, begin, end) : depthwise_rows<7, 2>(t, begin, end);
+}
+
+// Depthwise transposed 4x4, stride 2, padding 1: output (2y + a, 2x + b) sees input rows y - 1 + a (with kernel row 3 -
+// a) and y + a (kernel row 1 - a), and columns alike: 2x2 taps. A tile is a band of input rows.
+void upsample(const PlanTask& t, int64_t tile) {
+  const int64_t begin = tile * t.tile_rows, height = t.in.height, width = t.in.width, stride = t.in.stride;
+  const int64_t end = begin + t.tile_rows < height ? begin + t.tile_rows : height;
+  const PlanAct act = t.step->act;
+  const V zero{};
+  for (int64_t y = begin; y < end; ++y) {
+    for (int a = 0; a < 2; ++a) {
+      const int64_t row0 = y - 1 + a, row1 = y + a;
+      const float* in0 = row0 >= 0 ? t.in.data + row0 * width * stride : nullptr;
+      const float* in1 = row1 < height ? t.in.data + row1 * width * stride : nullptr;
+      const float *w0 = t.weight + (3 - a) * 4 * stride, *w1 = t.weight + (1 - a) * 4 * stride;
+      float* out = t.out.data + (2 * y + a) * t.out.width * stride;
+      for (int64_t x = 0; x < width; ++x, out += 2 * stride) {
+        const bool left = x > 0, right = x + 1 < width;
+        const float *here0 = in0 + x * stride, *here1 = in1 + x * stride;
+        for (int64_t c = 0; c < stride; c += kL) {
+          V even = load(t.bias + c), odd = even;
+          if (in0 != nullptr) {
+            const V m = load(here0 + c), l = left ? load(here0 - stride + c) : zero;
+            const V r = right ? load(here0 + stride + c) : zero;
+            even += l * load(w0 + 3 * stride + c) + m * load(w0 + stride + c);
+            odd += m * load(w0 + 2 * stride + c) + r * load(w0 + c);
+          }
+          if (in1 != nullptr) {
+            const V m = load(here1 + c), l = left ? load(here1 - stride + c) : zero;
+            const V r = right ? load(here1 + stride + c) : zero;
+            even += l * load(w1 + 3 * stride + c) + m * load(w1 + stride + c);
+            odd += m * load(w1 + 2 * stride + c) + r * load(w1 + c);
+          }
+          store(out + c, apply(even, act));
+          store(out + stride + c, apply(odd, act));
+        }
+      }
+    }
+  }
+}
+
+void mean(const PlanTask& t) {
+  const int64_t pixels = t.in.pixels(), stride = t.in.stride;
+  for (int64_t c = 0; c < stride; c += kL) {
+    V sum[4]{};
+    int64_t p = 0;
+    for (; p + 4 <= pixels; p += 4) {
+      for (int i = 0; i < 4; ++i) sum[i] += load(t.in.data + (p + i) * stride + c);
+    }
+    for (; p < pixels; ++p) sum[0] += load(t.in.data + p * stride + c);
+    store(t.out.data + c, (sum[0] + sum[1] + sum[2] + sum[3]) * (1.0f / static_cast<float>(pixels)));
+  }
+}
+
+// kScale, kAdd and kActivate, pixels [begin, end).
+void pointwise(const PlanTask& t, int64_t tile) {
+  const int64_t begin = tile * t.tile_rows, pixels = t.out.pixels(), stride = t.out.stride;
+  const int64_t end = begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels;
+  const PlanAct act = t.step->act;
+  for (int64_t p = begin; p < end; ++p) {
+    const float* in = t.in.data + p * stride;
+    const float* other = t.other.data ? t.other.data + p * stride : nullptr;
+    float* out = t.out.data + p * stride;
+    for (int64_t c = 0; c < stride; c += kL) {
+      V y = load(in + c);
+      if (t.gate.data) y *= load(t.gate.data + c) + t.step->constant;
+      if (other) y += load(other + c);
+      store(out + c, apply(y, act));
+    }
+  }
+}
+
+}  // namespace
+
+struct PlanLevel {
+  static void run(const PlanTask& t, int64_t tile, float* scratch) {
+    switch (t.step->op) {
+      case PlanOp::kConv: return conv(t, tile, scratch);
+      case PlanOp::kDepthwise: return depthwise(t, tile);
+      case PlanOp::kUpsample: return upsample(t, tile);
+      case PlanOp::kMean: return mean(t);
+      default: return pointwise(t, tile);
+    }
+  }
+};
+
+}  // namespace FASTPOSE_ISA
+}  // namespace fastpose

@@ -1,0 +1,346 @@
+"""`optimize`: a model with its weights folded and packed once, run as one call on the CPU.
+
+The model is captured with `torch.export`; batch norm, activations, residual additions and gates are folded into the
+convolutions around them; what remains is a list of a few instructions, each on whole feature maps, that
+``csrc/cpu/run_plan.cpp`` runs without going back to Python or to the allocator. `PATTERNS` says what is understood.
+"""
+
+# no `from __future__ import annotations` here: TorchScript must see Final[...] itself, not its text
+
+import copy
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastpose.layers import check_images
+from fastpose.ops import _backend, run_plan, set_fused
+
+aten = torch.ops.aten
+Node = Any  # fx.Node, whose arguments have no useful static type
+
+# as in csrc/cpu/run_plan.h
+PAD, PANEL, VERSION = 16, 32, 1
+CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE = range(7)
+ACTIVATIONS = {
+    aten.relu.default: 1,
+    aten.relu_.default: 1,
+    aten.hardswish.default: 2,
+    aten.hardswish_.default: 2,
+    aten.silu.default: 3,
+    aten.silu_.default: 3,
+    aten.hardsigmoid.default: 4,
+    aten.sigmoid.default: 5,
+}
+ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+MULTIPLICATIONS = (aten.mul.Tensor, aten.mul_.Tensor)
+NOTHING = (aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
+
+
+class NotOptimizable(ValueError):
+    """The model has an operation that the instruction list does not know; the message names it."""
+
+
+class Optimized(nn.Module):
+    """An optimised network: float32 images [B, C, H, W] on the CPU in, what the original returns out.
+
+    Inference only: there are no parameters and no gradients.
+    """
+
+    input_multiple: Final[int]
+    name: Final[str]
+    outputs: Final[list[int]]
+    program: Tensor
+    weights: Tensor
+
+    def __init__(self, program: Tensor, weights: Tensor, name: str, input_multiple: int, outputs: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("program", program)
+        self.register_buffer("weights", weights)
+        self.name = name
+        self.input_multiple = input_multiple
+        self.outputs = outputs
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.input_multiple, self.name)
+        return run_plan(x, self.program, self.weights, self.outputs)[0]
+
+
+@dataclass
+class _Step:
+    op: int
+    node: Node
+    out: Node
+    operand: Node
+    other: Node | None = None
+    gate: Node | None = None
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+    act: int = 0
+    constant: float = 0.0
+    weight: Tensor | None = None  # as the convolution has it, float64
+    bias: Tensor | None = None
+
+
+@dataclass
+class _Program:
+    channels: list[int] = field(default_factory=list)
+    steps: list[list[int]] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    length: int = 0
+
+    def constant(self, tensor: Tensor) -> int:
+        """Append numbers, aligned to a vector; returns their offset."""
+        flat = tensor.reshape(-1).float()
+        flat = torch.cat([flat, flat.new_zeros(-len(flat) % PAD)])
+        self.weights.append(flat)
+        self.length += len(flat)
+        return self.length - len(flat)
+
+
+def optimize(model: nn.Module, size: tuple[int, int] | None = None) -> Optimized:
+    """A copy of `model` for inference on the CPU, in one fused call.
+
+    Args:
+        model: one of this package's networks (or any module made of the operations below) with float32 parameters.
+        size: (height, width) of an example input; results are for any size the network takes.
+
+    Returns:
+        A module with the same interface. It computes in float32 and differs from the model by rounding only.
+
+    Raises:
+        RuntimeError: the compiled operators are not available.
+        NotOptimizable: an operation is not understood; the message names it.
+    """
+    if not _backend.LOADED:
+        raise RuntimeError(f"optimize needs the compiled operators: {_backend.WHY_NOT}")
+    reference = set_fused(copy.deepcopy(model).eval(), False)
+    multiple = int(getattr(model, "input_multiple", 32))
+    height, width = size or (2 * multiple, 2 * multiple)
+    example = torch.zeros(1, 3, height, width)
+    with torch.no_grad():
+        exported = torch.export.export(reference, (example,))
+    return _Lowering(exported, type(model).__name__, multiple).lower()
+
+
+class _Lowering:
+    """Turns an exported graph into instructions. Values are graph nodes; every instruction ends at one node."""
+
+    def __init__(self, exported: torch.export.ExportedProgram, name: str, multiple: int) -> None:
+        self.graph = exported.graph
+        self.name, self.multiple = name, multiple
+        signature = exported.graph_signature
+        state = {**exported.state_dict, **exported.constants}
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.tensors: dict[str, Tensor] = {k: state[v].detach() for k, v in named.items()}
+        self.claimed: set[Node] = set()  # folded into an instruction
+        self.ending: dict[Node, _Step] = {}  # instruction by its last node
+        self.same: dict[Node, Node] = {}  # nodes that pass a value on unchanged
+        self.plus: dict[Node, tuple[Node, float]] = {}  # a gate and a number, added where the gate is used
+
+    def lower(self) -> Optimized:
+        program = _Program()
+        maps: dict[Node, int] = {}
+
+        def new_map(node: Node) -> int:
+            maps[node] = len(program.channels)
+            program.channels.append(int(node.meta["val"].shape[1]))
+            return maps[node]
+
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.tensors]
+        if len(inputs) != 1:
+            raise NotOptimizable(f"{self.name} must take one tensor, it takes {len(inputs)}")
+        new_map(inputs[0])
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node not in self.claimed:
+                self.match(node)
+            step = self.ending.get(node)
+            if step is not None:
+                self.emit(step, program, maps, new_map)
+        (output,) = [n for n in self.graph.nodes if n.op == "output"]
+        results = [self.value(n) for n in output.args[0]]
+        if len(results) != 1:
+            raise NotOptimizable(f"{self.name} returns {len(results)} tensors; one is supported")
+        header = [VERSION, len(program.channels), len(program.steps), maps[inputs[0]], len(results)]
+        flat = header + [maps[n] for n in results] + program.channels + [v for s in program.steps for v in s]
+        sizes = [n for node in results for n in self.size(node, inputs[0])]
+        return Optimized(torch.tensor(flat), torch.cat(program.weights), self.name, self.multiple, sizes)
+
+    def size(self, node: Node, image: Node) -> list[int]:
+        """Channels of an output, and its height and width as a fraction of the image's."""
+        (height, width), (h, w) = image.meta["val"].shape[2:], node.meta["val"].shape[2:]
+        ratio = Fraction(int(h), int(height))
+        if ratio != Fraction(int(w), int(width)):
+            raise NotOptimizable(f"{self.name}: an output of {h} x {w} for images of {height} x {width}")
+        return [int(node.meta["val"].shape[1]), ratio.numerator, ratio.denominator]
+
+    def value(self, node: Any) -> Node:
+        while node in self.same:
+            node = self.same[node]
+        if not isinstance(node, fx.Node):
+            raise NotOptimizable(f"{self.name}: an operand is {node!r}, expected a feature map")
+        return node
+
+    def match(self, node: Node) -> None:
+        rule = PATTERNS.get(node.target)
+        if rule is None:
+            shape = list(getattr(node.meta.get("val"), "shape", []))
+            raise NotOptimizable(f"{self.name}: {node.target} giving {shape} is not in the table of patterns")
+        rule(self, node)
+
+    def follower(self, node: Node, targets: Any) -> Node | None:
+        """The only user of `node`, if it is one of the operations `targets` and not folded elsewhere."""
+        users = list(node.users)
+        if len(users) == 1 and users[0].target in targets and users[0] not in self.claimed:
+            return users[0]
+        return None
+
+    def finish(self, step: _Step, last: Node, residual: bool = True) -> None:
+        """Fold what follows `last`, an addition and an activation, into `step` and note where it ends."""
+        if residual:
+            add = self.follower(last, ADDITIONS)
+            if add is not None and len(add.args) == 2 and all(isinstance(a, fx.Node) for a in add.args):
+                other = add.args[1] if add.args[0] is last else add.args[0]
+                if other is not last and other.meta["val"].shape == add.meta["val"].shape:
+                    step.other, last = other, add
+                    self.claimed.add(add)
+        act = self.follower(last, ACTIVATIONS)
+        if act is not None:
+            step.act, last = ACTIVATIONS[act.target], act
+            self.claimed.add(act)
+        step.out = last
+        self.ending[last] = step
+
+    def convolution(self, node: Node) -> None:
+        transposed = node.target is aten.conv_transpose2d.input
+        names = ["input", "weight", "bias", "stride", "padding"]
+        names += ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
+        given: dict[str, Any] = {
+            "bias": None,
+            "stride": 1,
+            "padding": 0,
+            "output_padding": 0,
+            "groups": 1,
+            "dilation": 1,
+        }
+        given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        weight = self.tensors[given["weight"].name].double()
+        bias = None if given["bias"] is None else self.tensors[given["bias"].name].double()
+        stride, padding, dilation = (self.square(node, given[k]) for k in ("stride", "padding", "dilation"))
+        groups, k = int(given["groups"]), weight.shape[2]
+        depthwise = groups > 1 and weight.shape[1] == 1 and weight.shape[0] == groups
+        fits = weight.shape[3] == k and dilation == 1 and self.square(node, given["output_padding"]) == 0
+        if transposed:
+            op = UPSAMPLE
+            fits = fits and depthwise and (k, stride, padding) == (4, 2, 1)
+        elif depthwise:
+            op = DEPTHWISE
+            fits = fits and k in (3, 5, 7) and stride in (1, 2) and padding == k // 2
+        else:
+            op = CONV
+            fits = fits and groups == 1
+        if not fits:
+            raise NotOptimizable(
+                f"{self.name}: convolution with weight {list(weight.shape)}, stride {stride}, padding {padding}, "
+                f"dilation {dilation}, groups {groups}{', transposed' if transposed else ''} is not supported"
+            )
+        last = node
+        norm = self.follower(node, (aten.batch_norm.default,))
+        if norm is not None:
+            gamma, beta, mean, var = (self.tensors[a.name].double() for a in norm.args[1:5])
+            scale = gamma * torch.rsqrt(var + norm.args[7])
+            weight = weight * scale.view(-1, 1, 1, 1)  # the output channel is dimension 0, in depthwise ones too
+            bias = beta + ((0 if bias is None else bias) - mean) * scale
+            self.claimed.add(norm)
+            last = norm
+        step = _Step(op, node, node, given["input"], kernel=k, stride=stride, padding=padding, weight=weight, bias=bias)
+        self.finish(step, last, residual=op == CONV)
+
+    def square(self, node: Node, value: Any) -> int:
+        values = {int(v) for v in value} if isinstance(value, (list, tuple)) else {int(value)}
+        if len(values) != 1:
+            raise NotOptimizable(f"{self.name}: {node.target} with different settings {value} in height and width")
+        return values.pop()
+
+    def mean(self, node: Node) -> None:
+        x, dims = node.args[0], node.args[1]
+        if sorted(d % 4 for d in dims) != [2, 3] or not (len(node.args) > 2 and node.args[2]):
+            raise NotOptimizable(f"{self.name}: mean over {dims} is not supported; expected (2, 3) with keepdim")
+        self.ending[node] = _Step(MEAN, node, node, x)
+
+    def multiply(self, node: Node) -> None:
+        a, b = node.args
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+            raise NotOptimizable(f"{self.name}: a product with the number {b} is not supported")
+        gate, x = (a, b) if a.meta["val"].shape[2:] == (1, 1) else (b, a)
+        if gate.meta["val"].shape[2:] != (1, 1) or gate.meta["val"].shape[1] != x.meta["val"].shape[1]:
+            raise NotOptimizable(f"{self.name}: a product of two feature maps is not supported")
+        step = _Step(SCALE, node, node, x, gate=gate)
+        if gate in self.plus:
+            step.gate, step.constant = self.plus[gate]
+        self.finish(step, node)
+
+    def add(self, node: Node) -> None:
+        a, b = node.args[:2]
+        if isinstance(a, fx.Node) and isinstance(b, (int, float)):
+            # a number added to a gate: left to the products that use it
+            if all(u.target in MULTIPLICATIONS for u in node.users) and node.meta["val"].shape[2:] == (1, 1):
+                self.plus[node] = (a, float(b))
+                return
+        elif isinstance(a, fx.Node) and isinstance(b, fx.Node) and len(node.args) == 2 and not node.kwargs:
+            if a.meta["val"].shape == b.meta["val"].shape:
+                self.finish(_Step(ADD, node, node, a, other=b), node, residual=False)
+                return
+        raise NotOptimizable(f"{self.name}: the addition {node.format_node()} is not supported")
+
+    def activation(self, node: Node) -> None:
+        """An activation that nothing before it could take in."""
+        self.ending[node] = _Step(ACTIVATE, node, node, node.args[0], act=ACTIVATIONS[node.target])
+
+    def unchanged(self, node: Node) -> None:
+        self.same[node] = node.args[0]
+
+    def emit(self, step: _Step, program: _Program, maps: dict[Node, int], new_map: Callable[[Node], int]) -> None:
+        def operand(node: Node | None) -> int:
+            return -1 if node is None else maps[self.value(node)]
+
+        read = [operand(n) for n in (step.operand, step.other, step.gate)]
+        weight = bias = -1
+        if step.weight is not None:
+            channels = step.weight.shape[0]
+            weight = program.constant(_pack(step.op, step.weight))
+            numbers = torch.zeros(channels + -channels % PAD, dtype=torch.float64)
+            if step.bias is not None:
+                numbers[:channels] = step.bias
+            bias = program.constant(numbers)
+        constant = struct.unpack("<i", struct.pack("<f", step.constant))[0]
+        fields = [step.kernel, step.stride, step.padding, step.act, weight, bias, 0, constant]
+        program.steps.append([step.op, *read, new_map(step.out), *fields])
+
+
+def _pack(op: int, weight: Tensor) -> Tensor:
+    """Weights in the order the kernels read them, output channels padded with zeros to whole vectors."""
+    out = weight.shape[0]
+    padded = torch.zeros(out + -out % PAD, *weight.shape[1:], dtype=weight.dtype)
+    padded[:out] = weight
+    if op != CONV:
+        return padded.flatten(1).t()  # [k * k, channels]
+    rows = padded.permute(2, 3, 1, 0).flatten(0, 2)  # [k * k * in, out]
+    return torch.cat([panel.reshape(-1) for panel in rows.split(PANEL, dim=1)])
+
+
+PATTERNS: dict[Any, Callable[[_Lowering, Node], None]] = {
+    aten.conv2d.default: _Lowering.convolution,
+    aten.conv_transpose2d.input: _Lowering.convolution,
+    aten.mean.dim: _Lowering.mean,
+    **{target: _Lowering.multiply for target in MULTIPLICATIONS},
+    **{target: _Lowering.add for target in ADDITIONS},
+    **{target: _Lowering.activation for target in ACTIVATIONS},
+    **{target: _Lowering.unchanged for target in NOTHING},
+}

@@ -1,0 +1,209 @@
+"""Optimised networks: the same numbers as the model in float64, whatever the size, batch, layout and thread count."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastpose
+from fastpose.ops import run_plan
+from fastpose.plan import NotOptimizable, Optimized, optimize
+from tests.conftest import needs_kernels
+from tests.test_models import build, relative
+
+pytestmark = needs_kernels
+
+
+def compare(module: nn.Module, *shapes: tuple[int, ...], size: tuple[int, int] = (24, 24)) -> Optimized:
+    """Optimise `module` and compare with it in float64 on random images of the given shapes."""
+    module.input_multiple = 1
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, std=0.3)
+            m.running_mean.normal_(std=0.3)
+            m.running_var.uniform_(0.5, 2.0)
+    module.eval()
+    fast = optimize(module, size)
+    exact = module.double()
+    for shape in shapes:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            expected, got = exact(x.double()), fast(x)
+        assert got.shape == expected.shape and got.dtype == torch.float32
+        if got.numel():
+            assert relative(got, expected) < 5e-6
+    return fast
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 9, 16, 17, 24, 25, 33, 40, 64, 72])
+def test_pointwise_convolution(channels):
+    """Every way in which channels fill panels, vectors and half vectors."""
+    compare(nn.Sequential(nn.Conv2d(3, channels, 1), nn.Conv2d(channels, 5, 1)), (1, 3, 1, 1), (2, 3, 5, 11))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (5, 3, 0), (7, 2, 3), (1, 2, 0), (2, 2, 1)]
+)
+def test_dense_convolution(kernel, stride, padding):
+    net = nn.Sequential(
+        nn.Conv2d(3, 10, kernel, stride, padding, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 33, 3, 1, 1)
+    )
+    compare(net, (1, 3, 24, 24), (3, 3, 13, 9), (1, 3, 7, 31))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_depthwise_convolution(kernel, stride):
+    net = nn.Sequential(
+        nn.Conv2d(3, 20, 1),
+        nn.Conv2d(20, 20, kernel, stride, kernel // 2, groups=20, bias=False),
+        nn.BatchNorm2d(20),
+        nn.Hardswish(),
+    )
+    compare(net, (1, 3, 24, 24), (2, 3, 1, 1), (1, 3, 2, 3), (1, 3, 5, 40), (1, 3, 9, 8))
+
+
+def test_transposed_depthwise_convolution():
+    net = nn.Sequential(
+        nn.Conv2d(3, 37, 1), nn.ConvTranspose2d(37, 37, 4, 2, 1, groups=37, bias=False), nn.BatchNorm2d(37), nn.ReLU()
+    )
+    compare(net, (1, 3, 24, 24), (2, 3, 1, 1), (1, 3, 1, 6), (1, 3, 5, 2))
+
+
+class Residual(nn.Module):
+    """Additions in both orders, before and after activations; values used twice; a gate with a number added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 18, 1), nn.Conv2d(18, 18, 1), nn.Conv2d(18, 18, 3, 1, 1)
+        self.reduce, self.expand = nn.Conv2d(18, 4, 1), nn.Conv2d(4, 18, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.relu(x + self.a(x))
+        z = F.silu(self.b(y) + self.a(y)) + y
+        gate = F.hardsigmoid(self.expand(F.relu(self.reduce(z.mean((2, 3), keepdim=True)))))
+        gated = z * (gate + 1.0) + y
+        again = torch.sigmoid(self.reduce(gated))
+        return F.relu(self.expand(again)) * torch.sigmoid(gate) + F.hardswish(gated)
+
+
+def test_additions_gates_and_activations():
+    compare(Residual(), (1, 3, 24, 24), (3, 3, 2, 7))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_mobileposenet(threads):
+    """Fewer, as many and more images than threads; images in any layout."""
+    model = build("mobileposenet", num_keypoints=5)
+    fast, exact = optimize(model), build("mobileposenet", num_keypoints=5).double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch, height, width in ((1, 256, 192), (2, 64, 64), (5, 32, 48), (0, 64, 64)):
+            x = torch.randn(batch, 3, height, width)
+            wide = torch.randn(batch, 4, height, 2 * width)[:, 1:, :, ::2]
+            with torch.inference_mode():
+                for images in (x, x.contiguous(memory_format=torch.channels_last), wide):
+                    got, expected = fast(images), exact(images.double())
+                    assert got.shape == expected.shape
+                    assert batch == 0 or got.is_contiguous() == (images is x or images is wide)
+                    assert batch == 0 or relative(got, expected) < 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(level):
+    code = "import tests.test_plan as t; [t.test_dense_convolution(*a) for a in ((3, 2, 1), (1, 2, 0))]; "
+    code += "[t.test_depthwise_convolution(k, s) for k in (3, 5, 7) for s in (1, 2)]; "
+    code += "[t.test_pointwise_convolution(c) for c in (7, 17, 24, 40, 72)]; "
+    code += "t.test_transposed_depthwise_convolution(); t.test_additions_gates_and_activations()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FASTPOSE_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_script_and_export(tmp_path):
+    model = build("mobileposenet", num_keypoints=4)
+    fast, x = optimize(model), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = fast(x)
+        scripted = torch.jit.script(fast)
+        torch.jit.save(scripted, tmp_path / "fast.pt")
+        assert torch.equal(torch.jit.load(tmp_path / "fast.pt")(x), expected)
+        assert torch.equal(torch.jit.freeze(scripted)(x), expected)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        exported = torch.export.export(fast, (x,), dynamic_shapes={"x": {0: batch}})
+        assert torch.equal(exported.module()(torch.cat([x, x]))[:2], expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(fast(x), expected)  # float32 inside, whatever autocast says
+    torch.library.opcheck(torch.ops.fastpose.run_plan.default, (x, fast.program, fast.weights, fast.outputs))
+
+
+def test_nan_stays_nan_and_in_its_image():
+    fast, x = optimize(build("mobileposenet", num_keypoints=2)), torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        clean = fast(x)
+        x[1, 0, 30, 30] = float("nan")
+        got = fast(x)
+    assert got[1].isnan().any() and torch.equal(got[0], clean[0]) and torch.equal(got[2], clean[2])
+
+
+def test_what_is_not_understood_is_named():
+    with pytest.raises(NotOptimizable, match=r"weight \[160, 160, 4, 4\].*transposed is not supported"):
+        optimize(fastpose.create_model("mobileposenet_v2"))
+    for module, message in (
+        (nn.Softplus(), "aten.softplus.default giving .* is not in the table of patterns"),
+        (nn.Conv2d(3, 6, 3, groups=3), r"convolution with weight \[6, 1, 3, 3\].*is not supported"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2)), "aten.avg_pool2d"),
+    ):
+        module.input_multiple = 1
+        with pytest.raises(NotOptimizable, match=message):
+            optimize(module, (8, 8))
+
+
+def test_wrong_images():
+    fast = optimize(build("mobileposenet", num_keypoints=2))
+    with pytest.raises(ValueError, match="MobilePoseNet: input must be .* multiples of 16, got"):
+        fast(torch.zeros(1, 3, 40, 64))
+    with pytest.raises(ValueError, match=r"x must be float32 \[B, C, H, W\], got float64"):
+        fast(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        fast(torch.zeros(1, 3, 64, 64, requires_grad=True)).sum().backward()
+
+
+def test_damaged_programs_are_refused():
+    """Any single changed number is noticed or harmless: never a read or write outside the maps."""
+    fast = optimize(build("mobileposenet", num_keypoints=2))
+    x = torch.randn(1, 3, 32, 32)
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for at in torch.randperm(len(fast.program), generator=generator)[:300].tolist():
+        for value in (-7, 3, 10**6, 2**62):
+            program = fast.program.clone()
+            program[at] = value
+            try:
+                run_plan(x, program, fast.weights, fast.outputs)
+            except (ValueError, MemoryError):
+                refused += 1
+    assert refused > 500
+    with pytest.raises(ValueError, match="program of version 99"):
+        run_plan(x, torch.cat([torch.tensor([99]), fast.program[1:]]), fast.weights, fast.outputs)
+    with pytest.raises(ValueError, match="program is damaged"):
+        run_plan(x, fast.program[:-1], fast.weights, fast.outputs)
+    with pytest.raises(ValueError, match="program is damaged"):
+        run_plan(x, fast.program, fast.weights[:-64], fast.outputs)
+    with pytest.raises(ValueError, match="has 2 channels, announced were 3"):
+        run_plan(x, fast.program, fast.weights, [3, 1, 4])
