@@ -25,7 +25,7 @@ Node = Any  # fx.Node, whose arguments have no useful static type
 
 # as in csrc/cpu/run_plan.h
 PAD, PANEL, VERSION = 16, 32, 1
-CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE = range(7)
+CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, CONCAT, CHANNEL_STATS, SCALE_PIXELS = range(13)
 ACTIVATIONS = {
     aten.relu.default: 1,
     aten.relu_.default: 1,
@@ -36,6 +36,7 @@ ACTIVATIONS = {
     aten.hardsigmoid.default: 4,
     aten.sigmoid.default: 5,
 }
+REDUCTIONS = {aten.mean.dim: MEAN, aten.amax.default: MAX, aten.sum.dim_IntList: SUM}
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 MULTIPLICATIONS = (aten.mul.Tensor, aten.mul_.Tensor)
 NOTHING = (aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
@@ -83,6 +84,7 @@ class _Step:
     stride: int = 1
     padding: int = 0
     act: int = 0
+    factor: int = 1
     constant: float = 0.0
     weight: Tensor | None = None  # as the convolution has it, float64
     bias: Tensor | None = None
@@ -125,6 +127,9 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None) -> Optimized
     height, width = size or (2 * multiple, 2 * multiple)
     example = torch.zeros(1, 3, height, width)
     with torch.no_grad():
+        returned = reference(example)
+        if not isinstance(returned, Tensor):
+            raise NotOptimizable(f"{type(model).__name__} returns a {type(returned).__name__}; one tensor is supported")
         exported = torch.export.export(reference, (example,))
     return _Lowering(exported, type(model).__name__, multiple).lower()
 
@@ -142,7 +147,10 @@ class _Lowering:
         self.claimed: set[Node] = set()  # folded into an instruction
         self.ending: dict[Node, _Step] = {}  # instruction by its last node
         self.same: dict[Node, Node] = {}  # nodes that pass a value on unchanged
-        self.plus: dict[Node, tuple[Node, float]] = {}  # a gate and a number, added where the gate is used
+        # left to those who use them: a gate plus a number, an upsampled map, a mean or maximum over channels
+        self.plus: dict[Node, tuple[Node, float]] = {}
+        self.enlarged: dict[Node, tuple[Node, int]] = {}
+        self.over_channels: dict[Node, Node] = {}
 
     def lower(self) -> Optimized:
         program = _Program()
@@ -165,8 +173,6 @@ class _Lowering:
                 self.emit(step, program, maps, new_map)
         (output,) = [n for n in self.graph.nodes if n.op == "output"]
         results = [self.value(n) for n in output.args[0]]
-        if len(results) != 1:
-            raise NotOptimizable(f"{self.name} returns {len(results)} tensors; one is supported")
         header = [VERSION, len(program.channels), len(program.steps), maps[inputs[0]], len(results)]
         flat = header + [maps[n] for n in results] + program.channels + [v for s in program.steps for v in s]
         sizes = [n for node in results for n in self.size(node, inputs[0])]
@@ -207,7 +213,8 @@ class _Lowering:
             add = self.follower(last, ADDITIONS)
             if add is not None and len(add.args) == 2 and all(isinstance(a, fx.Node) for a in add.args):
                 other = add.args[1] if add.args[0] is last else add.args[0]
-                if other is not last and other.meta["val"].shape == add.meta["val"].shape:
+                same = other.meta["val"].shape == add.meta["val"].shape
+                if other is not last and same and other not in self.enlarged:
                     step.other, last = other, add
                     self.claimed.add(add)
         act = self.follower(last, ACTIVATIONS)
@@ -268,22 +275,36 @@ class _Lowering:
             raise NotOptimizable(f"{self.name}: {node.target} with different settings {value} in height and width")
         return values.pop()
 
-    def mean(self, node: Node) -> None:
-        x, dims = node.args[0], node.args[1]
-        if sorted(d % 4 for d in dims) != [2, 3] or not (len(node.args) > 2 and node.args[2]):
-            raise NotOptimizable(f"{self.name}: mean over {dims} is not supported; expected (2, 3) with keepdim")
-        self.ending[node] = _Step(MEAN, node, node, x)
+    def reduction(self, node: Node) -> None:
+        x, dims = node.args[0], [d % 4 for d in node.args[1]]
+        keep = len(node.args) > 2 and node.args[2]
+        shape = x.meta["val"].shape
+        everything = sorted(dims) == [2, 3] or (dims == [3] and shape[2] == 1) or (dims == [2] and shape[3] == 1)
+        if not keep or not (everything or dims == [1]):
+            raise NotOptimizable(f"{self.name}: {node.target} over {dims} of {list(shape)}, keepdim {keep}, is unknown")
+        if dims == [1]:
+            self.over_channels[node] = x  # taken by the concatenation of mean and maximum
+        else:
+            self.finish(_Step(REDUCTIONS[node.target], node, node, x), node, residual=False)
 
     def multiply(self, node: Node) -> None:
         a, b = node.args
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
             raise NotOptimizable(f"{self.name}: a product with the number {b} is not supported")
-        gate, x = (a, b) if a.meta["val"].shape[2:] == (1, 1) else (b, a)
-        if gate.meta["val"].shape[2:] != (1, 1) or gate.meta["val"].shape[1] != x.meta["val"].shape[1]:
-            raise NotOptimizable(f"{self.name}: a product of two feature maps is not supported")
-        step = _Step(SCALE, node, node, x, gate=gate)
-        if gate in self.plus:
-            step.gate, step.constant = self.plus[gate]
+        for gate, x in ((a, b), (b, a)):
+            full, small = x.meta["val"].shape, gate.meta["val"].shape
+            if small[2:] == (1, 1) and small[1] == full[1]:
+                step = _Step(SCALE, node, node, x, gate=gate)
+                if gate in self.plus:
+                    step.gate, step.constant = self.plus[gate]
+                break
+            if small[1] == 1 and small[2:] == full[2:]:
+                step = _Step(SCALE_PIXELS, node, node, x, gate=gate)
+                break
+        else:
+            raise NotOptimizable(
+                f"{self.name}: a product of {list(a.meta['val'].shape)} and {list(full)} is not supported"
+            )
         self.finish(step, node)
 
     def add(self, node: Node) -> None:
@@ -295,9 +316,41 @@ class _Lowering:
                 return
         elif isinstance(a, fx.Node) and isinstance(b, fx.Node) and len(node.args) == 2 and not node.kwargs:
             if a.meta["val"].shape == b.meta["val"].shape:
-                self.finish(_Step(ADD, node, node, a, other=b), node, residual=False)
+                step = _Step(ADD, node, node, a, other=b)
+                if b not in self.enlarged:
+                    step.operand, step.other = b, a
+                if step.other in self.enlarged:
+                    step.other, step.factor = self.enlarged[step.other]
+                if step.operand in self.enlarged:
+                    raise NotOptimizable(f"{self.name}: a sum of two upsampled maps is not supported")
+                self.finish(step, node, residual=False)
                 return
         raise NotOptimizable(f"{self.name}: the addition {node.format_node()} is not supported")
+
+    def enlarge(self, node: Node) -> None:
+        """Nearest-neighbour upsampling: left to the additions that use it."""
+        x = node.args[0]
+        (h, w), (height, width) = x.meta["val"].shape[2:], node.meta["val"].shape[2:]
+        factor = height // h
+        if (height, width) != (factor * h, factor * w) or not all(u.target in ADDITIONS for u in node.users):
+            raise NotOptimizable(f"{self.name}: upsampling from {h} x {w} to {height} x {width} is not supported")
+        self.enlarged[node] = (self.value(x), factor)
+
+    def concat(self, node: Node) -> None:
+        parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        shapes = [list(p.meta["val"].shape) for p in parts]
+        if dim % 4 == 1 and all(p in self.over_channels for p in parts):
+            kinds = [p.target for p in parts]
+            if kinds == [aten.mean.dim, aten.amax.default] and len({self.over_channels[p] for p in parts}) == 1:
+                self.ending[node] = _Step(CHANNEL_STATS, node, node, self.over_channels[parts[0]])
+                return
+        elif len(parts) == 2 and dim % 4 == 1:
+            self.ending[node] = _Step(CONCAT, node, node, parts[0], other=parts[1])
+            return
+        elif len(parts) == 2 and all(s[2:] == [1, 1] for s in shapes):
+            self.ending[node] = _Step(STACK, node, node, parts[0], other=parts[1])
+            return
+        raise NotOptimizable(f"{self.name}: concatenation of {shapes} along dimension {dim} is not supported")
 
     def activation(self, node: Node) -> None:
         """An activation that nothing before it could take in."""
@@ -320,7 +373,7 @@ class _Lowering:
                 numbers[:channels] = step.bias
             bias = program.constant(numbers)
         constant = struct.unpack("<i", struct.pack("<f", step.constant))[0]
-        fields = [step.kernel, step.stride, step.padding, step.act, weight, bias, 0, constant]
+        fields = [step.kernel, step.stride, step.padding, step.act, weight, bias, step.factor, constant]
         program.steps.append([step.op, *read, new_map(step.out), *fields])
 
 
@@ -338,7 +391,9 @@ def _pack(op: int, weight: Tensor) -> Tensor:
 PATTERNS: dict[Any, Callable[[_Lowering, Node], None]] = {
     aten.conv2d.default: _Lowering.convolution,
     aten.conv_transpose2d.input: _Lowering.convolution,
-    aten.mean.dim: _Lowering.mean,
+    **{target: _Lowering.reduction for target in REDUCTIONS},
+    aten.upsample_nearest2d.vec: _Lowering.enlarge,
+    aten.cat.default: _Lowering.concat,
     **{target: _Lowering.multiply for target in MULTIPLICATIONS},
     **{target: _Lowering.add for target in ADDITIONS},
     **{target: _Lowering.activation for target in ACTIVATIONS},

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastpose
+from fastpose.layers import CBAM
 from fastpose.ops import run_plan
 from fastpose.plan import NotOptimizable, Optimized, optimize
 from tests.conftest import needs_kernels
@@ -99,6 +100,40 @@ def test_additions_gates_and_activations():
     compare(Residual(), (1, 3, 24, 24), (3, 3, 2, 7))
 
 
+@pytest.mark.parametrize(("channels", "kernel", "padding"), [(2, 7, 3), (1, 3, 1), (4, 3, 0), (3, 2, 1)])
+def test_convolution_to_one_channel(channels, kernel, padding):
+    net = nn.Sequential(nn.Conv2d(3, channels, 1), nn.Conv2d(channels, 1, kernel, 1, padding), nn.Sigmoid())
+    compare(net, (1, 3, 24, 24), (2, 3, 3, 17), (1, 3, 40, 5))
+
+
+class Attention(nn.Module):
+    """CBAM, concatenation, and maps of several resolutions added as HRNet's exchanges do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 20, 1), nn.Conv2d(3, 24, 1)
+        self.by2, self.by4 = nn.Conv2d(44, 44, 3, 2, 1), nn.Conv2d(44, 44, 4, 4)
+        self.attention = CBAM(44, 4)
+
+    def forward(self, x):
+        x = torch.cat([self.stem(x), self.wide(x)], 1)
+        half, quarter = self.by2(x), self.by4(x)
+        x = x + F.interpolate(half, scale_factor=2.0) + F.interpolate(quarter, scale_factor=4.0)
+        return F.relu(self.attention(F.relu(x)) + x)
+
+
+def test_attention_concatenation_and_exchange():
+    compare(Attention(), (1, 3, 24, 24), (3, 3, 4, 12))
+
+
+@pytest.mark.parametrize("name", ["hr_litenet", "small_hrnet_w16"])
+def test_networks(name):
+    model = build(name, num_keypoints=5)
+    fast, x = optimize(model), torch.randn(3, 3, 64, 96)
+    with torch.inference_mode():
+        assert relative(fast(x), model.double()(x.double())) < 2e-5
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_mobileposenet(threads):
     """Fewer, as many and more images than threads; images in any layout."""
@@ -125,7 +160,8 @@ def test_every_instruction_set(level):
     code = "import tests.test_plan as t; [t.test_dense_convolution(*a) for a in ((3, 2, 1), (1, 2, 0))]; "
     code += "[t.test_depthwise_convolution(k, s) for k in (3, 5, 7) for s in (1, 2)]; "
     code += "[t.test_pointwise_convolution(c) for c in (7, 17, 24, 40, 72)]; "
-    code += "t.test_transposed_depthwise_convolution(); t.test_additions_gates_and_activations()"
+    code += "t.test_transposed_depthwise_convolution(); t.test_additions_gates_and_activations(); "
+    code += "t.test_attention_concatenation_and_exchange(); t.test_convolution_to_one_channel(2, 7, 3)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FASTPOSE_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -164,6 +200,8 @@ def test_nan_stays_nan_and_in_its_image():
 def test_what_is_not_understood_is_named():
     with pytest.raises(NotOptimizable, match=r"weight \[160, 160, 4, 4\].*transposed is not supported"):
         optimize(fastpose.create_model("mobileposenet_v2"))
+    with pytest.raises(NotOptimizable, match="HigherHRNet returns a tuple"):
+        optimize(fastpose.create_model("higher_hrnet_w32"))
     for module, message in (
         (nn.Softplus(), "aten.softplus.default giving .* is not in the table of patterns"),
         (nn.Conv2d(3, 6, 3, groups=3), r"convolution with weight \[6, 1, 3, 3\].*is not supported"),
@@ -184,9 +222,10 @@ def test_wrong_images():
         fast(torch.zeros(1, 3, 64, 64, requires_grad=True)).sum().backward()
 
 
-def test_damaged_programs_are_refused():
+@pytest.mark.parametrize("name", ["mobileposenet", "hr_litenet"])
+def test_damaged_programs_are_refused(name):
     """Any single changed number is noticed or harmless: never a read or write outside the maps."""
-    fast = optimize(build("mobileposenet", num_keypoints=2))
+    fast = optimize(build(name, num_keypoints=2))
     x = torch.randn(1, 3, 32, 32)
     generator = torch.Generator().manual_seed(0)
     refused = 0

@@ -73,9 +73,9 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     float constant;
     const int32_t bits = static_cast<int32_t>(q[12]);
     std::memcpy(&constant, &bits, sizeof(constant));
-    const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],    q[4], q[5], q[6], q[7],
-                     static_cast<PlanAct>(q[8]), q[9], q[10], constant};
-    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kActivate) && q[8] >= 0 &&
+    const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],  q[4],    q[5], q[6], q[7],
+                     static_cast<PlanAct>(q[8]), q[9], q[10], q[11], constant};
+    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kScalePixels) && q[8] >= 0 &&
               q[8] <= static_cast<int64_t>(PlanAct::kSigmoid);
     for (const int64_t m : {s.in, s.other, s.gate}) {
       if (m == -1 && m != s.in) continue;
@@ -86,13 +86,18 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     FASTPOSE_CHECK(ok, op, ": program is damaged (step ", i, ")");
     written[static_cast<size_t>(s.out)] = true;
     const int64_t in_channels = plan.channels[static_cast<size_t>(s.in)];
-    const int64_t out_stride = ceil_div(plan.channels[static_cast<size_t>(s.out)], kPad) * kPad;
+    const int64_t out_channels = plan.channels[static_cast<size_t>(s.out)];
+    const int64_t out_stride = ceil_div(out_channels, kPad) * kPad;
     int64_t needed = 0;
     if (s.op == PlanOp::kConv) {
       ok = s.kernel >= 1 && s.kernel <= 31 && s.stride >= 1 && s.stride <= 31 && s.padding >= 0 && s.padding < s.kernel;
       needed = s.kernel * s.kernel * in_channels * out_stride;
+    } else if (s.op == PlanOp::kConcat) {
+      ok = s.other >= 0 && out_channels == in_channels + plan.channels[static_cast<size_t>(s.other)];
+    } else if (s.op == PlanOp::kChannelStats) {
+      ok = out_channels == 2;
     } else {
-      ok = in_channels == plan.channels[static_cast<size_t>(s.out)];
+      ok = in_channels == out_channels;
       if (s.op == PlanOp::kDepthwise) {
         ok = ok && (s.kernel == 3 || s.kernel == 5 || s.kernel == 7) && (s.stride == 1 || s.stride == 2) &&
              s.padding == s.kernel / 2;
@@ -105,11 +110,16 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       ok = ok && s.weight >= 0 && s.weight + needed <= weights.size(0) && s.bias >= 0 &&
            s.bias + out_stride <= weights.size(0);
     }
-    for (const int64_t m : {s.other, s.gate}) {
-      if (m >= 0) ok = ok && plan.channels[static_cast<size_t>(m)] == plan.channels[static_cast<size_t>(s.out)];
-    }
-    ok = ok && (s.op == PlanOp::kConv || s.in != plan.input);  // the input's pixels are not padded
-    ok = ok && (s.op != PlanOp::kScale || s.gate >= 0) && (s.op != PlanOp::kAdd || s.other >= 0);
+    const auto has = [&](int64_t m, int64_t channels) {
+      return m < 0 || plan.channels[static_cast<size_t>(m)] == channels;
+    };
+    ok = ok && (s.op == PlanOp::kConcat || has(s.other, out_channels));
+    ok = ok && has(s.gate, s.op == PlanOp::kScalePixels ? 1 : out_channels);
+    ok = ok && s.other != plan.input && (s.op == PlanOp::kConv || s.in != plan.input);  // whose pixels are not padded
+    const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels;
+    const bool paired = s.op == PlanOp::kAdd || s.op == PlanOp::kStack || s.op == PlanOp::kConcat;
+    ok = ok && (s.gate >= 0) == gated && (s.other >= 0 || !paired) && s.gate != plan.input;
+    ok = ok && s.factor >= 1 && s.factor <= 64 && (s.factor == 1 || s.op == PlanOp::kAdd);
     FASTPOSE_CHECK(ok, op, ": program is damaged (operands of step ", i, ")");
     plan.steps.push_back(s);
   }
@@ -161,19 +171,35 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       out.width = (in.width + 2 * s.padding - s.kernel) / s.stride + 1;
       FASTPOSE_CHECK(in.height + 2 * s.padding >= s.kernel && in.width + 2 * s.padding >= s.kernel,
                      "run_plan: images of ", height, " x ", width, " are too small for this network");
-      if (s.op == PlanOp::kConv) l.gather = std::max(l.gather, 12 * s.kernel * s.kernel * in.channels);
+      if (s.op == PlanOp::kConv) {
+        l.gather = std::max(l.gather, 12 * s.kernel * s.kernel * in.channels);
+        const int64_t line = in.width + 2 * s.padding + kPad;  // of a plane, see conv_to_one
+        if (out.channels == 1 && in.channels <= 4) {
+          l.gather = std::max(l.gather, in.channels * (out.height + s.kernel) * line);
+        }
+      }
     } else if (s.op == PlanOp::kUpsample) {
       out.height = 2 * in.height;
       out.width = 2 * in.width;
-    } else if (s.op == PlanOp::kMean) {
+    } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum) {
       out.height = out.width = 1;
     }
     if (s.other >= 0) {
       const PlanMap& other = l.maps[static_cast<size_t>(s.other)];
-      FASTPOSE_CHECK(other.height == out.height && other.width == out.width, "run_plan: images of ", height, " x ",
-                     width, " give maps of different sizes in step ", i);
+      FASTPOSE_CHECK(other.height * s.factor == out.height && other.width * s.factor == out.width,
+                     "run_plan: images of ", height, " x ", width, " give maps of different sizes in step ", i);
     }
-    if (s.gate >= 0) FASTPOSE_CHECK(l.maps[static_cast<size_t>(s.gate)].pixels() == 1, "run_plan: a gate has pixels");
+    if (s.op == PlanOp::kStack) {
+      FASTPOSE_CHECK(in.pixels() == 1, "run_plan: stacked maps must have one pixel in step ", i);
+      out.width = 2;
+    }
+    if (s.op == PlanOp::kScalePixels) {
+      const PlanMap& gate = l.maps[static_cast<size_t>(s.gate)];
+      FASTPOSE_CHECK(gate.height == out.height && gate.width == out.width, "run_plan: images of ", height, " x ", width,
+                     " give a gate of another size in step ", i);
+    }
+    if (s.op == PlanOp::kScale)
+      FASTPOSE_CHECK(l.maps[static_cast<size_t>(s.gate)].pixels() == 1, "run_plan: a gate has pixels");
     place(s.out);
     for (size_t u = used.size(); u-- > 0;) {
       const int64_t last = plan.last_use[static_cast<size_t>(used[u].map)];
@@ -206,9 +232,11 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
                1,
                0};
     int64_t rows = t.out.pixels(), unit = 12;
+    if (s.op == PlanOp::kConv && to_one(t)) unit = t.out.width;
     if (s.op == PlanOp::kDepthwise) rows = t.out.height, unit = 1;
     if (s.op == PlanOp::kUpsample) rows = t.in.height, unit = 1;
-    if (s.op == PlanOp::kMean) rows = unit = 1;
+    const bool whole = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum || s.op == PlanOp::kStack;
+    if (whole) rows = unit = 1;
     // four tiles per thread, so that one who was interrupted does not hold up the others for long
     const int64_t wanted = threads == 1 ? 1 : 4 * threads;
     t.tile_rows = ceil_div(ceil_div(rows, wanted), unit) * unit;
@@ -264,7 +292,8 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
     const PlanMap& map = layout.maps[static_cast<size_t>(plan.outputs[i])];
     FASTPOSE_CHECK(map.channels == sizes[3 * i], "run_plan: output ", i, " has ", map.channels,
                    " channels, announced were ", sizes[3 * i]);
-    outputs.push_back(empty({images, map.channels, map.height, map.width}, !x.is_contiguous() && is_channels_last(x), x));
+    outputs.push_back(
+        empty({images, map.channels, map.height, map.width}, !x.is_contiguous() && is_channels_last(x), x));
   }
   uint32_t pool = 1;
   torch_get_num_threads(&pool);

@@ -19,10 +19,16 @@ enum class PlanOp : int64_t {
   kConv,       // dense k x k convolution + bias (+ map `other`) + activation; weights [panel][k * k * in][width]
   kDepthwise,  // depthwise k x k convolution + bias + activation; weights [k * k][stride of the map]
   kUpsample,   // depthwise transposed 4x4 convolution, stride 2, padding 1, + bias + activation; weights [16][stride]
-  kMean,       // mean over all pixels
+  kMean,       // act(mean over all pixels)
   kScale,      // act(map * (gate + constant) (+ other)), the gate one number per channel
-  kAdd,        // act(map + other)
+  kAdd,        // act(map + other); `other` may be smaller by `factor`: each of its pixels is added to a square of them
   kActivate,   // act(map)
+  kMax,        // act(maximum over all pixels)
+  kSum,        // act(sum over all pixels)
+  kStack,      // two maps of one pixel -> one of two pixels
+  kConcat,     // channels of map, then of other
+  kChannelStats,  // per pixel: mean and maximum over the channels
+  kScalePixels,   // act(map * gate (+ other)), the gate one number per pixel (a map of one channel)
 };
 
 struct PlanStep {
@@ -31,6 +37,7 @@ struct PlanStep {
   int64_t kernel, stride, padding;
   PlanAct act;
   int64_t weight, bias;  // offsets into the weights
+  int64_t factor;
   float constant;
 };
 
@@ -48,5 +55,11 @@ struct PlanTask {
   int64_t tiles;      // independent parts
   int64_t tile_rows;  // output pixels (kConv) or rows per part
 };
+
+// Whether a convolution to one channel goes over planes instead of pixels.
+inline bool to_one(const PlanTask& t) {
+  return t.out.channels == 1 && t.in.channels <= 4 && t.step->stride == 1 && t.step->kernel > 1 &&
+         t.other.data == nullptr;
+}
 
 }  // namespace fastpose

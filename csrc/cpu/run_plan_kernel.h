@@ -42,6 +42,9 @@ FASTPOSE_INLINE Half load_half(const float* p) { return load(p); }
 FASTPOSE_INLINE V widen(Half h) { return h; }
 #endif
 
+// The larger of two; NaN if either is.
+FASTPOSE_INLINE V larger(V a, V b) { return a != a ? a : a > b ? a : b; }
+
 // What a tile works on: rows r of `a`, a column of the packed weights, and the same columns of bias, other and out.
 struct ConvTile {
   const float* a;
@@ -184,6 +187,41 @@ void conv(const PlanTask& t, int64_t tile, float* scratch) {
   }
 }
 
+// Dense convolution to one channel (a spatial attention gate): as a matrix product 15 of 16 columns would be padding.
+// Input channels become planes with a border of zeros, and a vector holds neighbouring pixels.
+void conv_to_one(const PlanTask& t, int64_t tile, float* scratch) {
+  const PlanStep& s = *t.step;
+  const int64_t width = t.out.width, begin = tile * t.tile_rows / width;
+  const int64_t pixels = (tile + 1) * t.tile_rows < t.out.pixels() ? (tile + 1) * t.tile_rows : t.out.pixels();
+  const int64_t end = pixels / width, k = s.kernel, channels = t.in.channels;
+  const int64_t rows = end - begin + k - 1, line = t.in.width + 2 * s.padding + kPad, plane = rows * line;
+  for (int64_t i = 0; i < channels * plane; i += kL) store(scratch + i, V{});
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t y = begin + r - s.padding;
+    if (y < 0 || y >= t.in.height) continue;
+    for (int64_t x = 0; x < t.in.width; ++x) {
+      const float* from = t.in.data + (y * t.in.width + x) * t.in.stride;
+      for (int64_t c = 0; c < channels; ++c) scratch[c * plane + r * line + s.padding + x] = from[c];
+    }
+  }
+  for (int64_t y = begin; y < end; ++y) {
+    for (int64_t x = 0; x < width; x += kL) {
+      V sum[2]{splat(t.bias[0]), V{}};
+      const float* weight = t.weight;
+      for (int64_t ky = 0; ky < k; ++ky) {
+        for (int64_t kx = 0; kx < k; ++kx) {
+          for (int64_t c = 0; c < channels; ++c, weight += kPad) {
+            sum[kx % 2] += load(scratch + c * plane + (y - begin + ky) * line + x + kx) * splat(weight[0]);
+          }
+        }
+      }
+      const V result = apply(sum[0] + sum[1], s.act);
+      float* out = t.out.data + (y * width + x) * t.out.stride;
+      for (int64_t i = 0; i < kL && x + i < width; ++i) out[i * t.out.stride] = result[i];
+    }
+  }
+}
+
 // Depthwise convolution, output columns [x, x + kT) of one row, all channels. `rows` are the k input rows, null outside
 // the map; all columns lie inside it.
 template <int kT, int kK, int kS>
@@ -305,34 +343,109 @@ void upsample(const PlanTask& t, int64_t tile) {
   }
 }
 
-void mean(const PlanTask& t) {
+// kMean, kSum and kMax over all pixels: four running values, since one would wait for itself.
+template <bool kMaximum>
+void reduce(const PlanTask& t, float factor) {
   const int64_t pixels = t.in.pixels(), stride = t.in.stride;
   for (int64_t c = 0; c < stride; c += kL) {
-    V sum[4]{};
+    V value[4];
+    for (int i = 0; i < 4; ++i) value[i] = kMaximum ? load(t.in.data + c) : V{};
     int64_t p = 0;
     for (; p + 4 <= pixels; p += 4) {
-      for (int i = 0; i < 4; ++i) sum[i] += load(t.in.data + (p + i) * stride + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const V x = load(t.in.data + (p + i) * stride + c);
+        value[i] = kMaximum ? larger(value[i], x) : value[i] + x;
+      }
     }
-    for (; p < pixels; ++p) sum[0] += load(t.in.data + p * stride + c);
-    store(t.out.data + c, (sum[0] + sum[1] + sum[2] + sum[3]) * (1.0f / static_cast<float>(pixels)));
+    for (; p < pixels; ++p) {
+      const V x = load(t.in.data + p * stride + c);
+      value[0] = kMaximum ? larger(value[0], x) : value[0] + x;
+    }
+    const V y = kMaximum ? larger(larger(value[0], value[1]), larger(value[2], value[3]))
+                         : (value[0] + value[1] + value[2] + value[3]) * factor;
+    store(t.out.data + c, apply(y, t.step->act));
   }
 }
 
-// kScale, kAdd and kActivate, pixels [begin, end).
+// The pixels of a tile.
+struct Range {
+  int64_t begin, end;
+};
+FASTPOSE_INLINE Range pixels_of(const PlanTask& t, int64_t tile) {
+  const int64_t begin = tile * t.tile_rows, pixels = t.out.pixels();
+  return {begin, begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels};
+}
+
+// kScale, kScalePixels, kAdd and kActivate.
 void pointwise(const PlanTask& t, int64_t tile) {
-  const int64_t begin = tile * t.tile_rows, pixels = t.out.pixels(), stride = t.out.stride;
-  const int64_t end = begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels;
+  const Range range = pixels_of(t, tile);
+  const int64_t stride = t.out.stride, width = t.out.width, factor = t.step->factor;
+  const bool per_pixel = t.step->op == PlanOp::kScalePixels;
   const PlanAct act = t.step->act;
-  for (int64_t p = begin; p < end; ++p) {
+  for (int64_t p = range.begin; p < range.end; ++p) {
     const float* in = t.in.data + p * stride;
-    const float* other = t.other.data ? t.other.data + p * stride : nullptr;
+    const int64_t q = factor == 1 ? p : p / width / factor * t.other.width + p % width / factor;
+    const float* other = t.other.data ? t.other.data + q * stride : nullptr;
+    const V scale = splat(per_pixel ? t.gate.data[p * t.gate.stride] : 1.0f);
     float* out = t.out.data + p * stride;
     for (int64_t c = 0; c < stride; c += kL) {
-      V y = load(in + c);
-      if (t.gate.data) y *= load(t.gate.data + c) + t.step->constant;
+      V y = load(in + c) * scale;
+      if (t.gate.data && !per_pixel) y *= load(t.gate.data + c) + t.step->constant;
       if (other) y += load(other + c);
       store(out + c, apply(y, act));
     }
+  }
+}
+
+// kStack and kConcat: the next pixel's numbers must stay, so ends are copied one by one.
+FASTPOSE_INLINE void copy_exactly(float* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + kL <= n; i += kL) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = from[i];
+}
+void concat(const PlanTask& t, int64_t tile) {
+  if (t.step->op == PlanOp::kStack) {
+    copy_exactly(t.out.data, t.in.data, t.in.stride);
+    copy_exactly(t.out.data + t.out.stride, t.other.data, t.other.stride);
+    return;
+  }
+  const Range range = pixels_of(t, tile);
+  for (int64_t p = range.begin; p < range.end; ++p) {
+    float* out = t.out.data + p * t.out.stride;
+    copy_exactly(out, t.in.data + p * t.in.stride, t.in.channels);
+    copy_exactly(out + t.in.channels, t.other.data + p * t.other.stride, t.other.channels);
+  }
+}
+
+// Mean and maximum over a pixel's channels.
+void channel_stats(const PlanTask& t, int64_t tile) {
+  const Range range = pixels_of(t, tile);
+  const int64_t channels = t.in.channels;
+  for (int64_t p = range.begin; p < range.end; ++p) {
+    const float* in = t.in.data + p * t.in.stride;
+    float sum = 0, most = in[0];
+    int64_t c = 0;
+    if (channels >= kL) {
+      V sums{}, mosts = load(in);
+      for (; c + kL <= channels; c += kL) {
+        const V x = load(in + c);
+        sums += x;
+        mosts = larger(mosts, x);
+      }
+      most = mosts[0];
+      for (int i = 0; i < kL; ++i) {
+        sum += sums[i];
+        most = !(most >= mosts[i]) && most == most ? mosts[i] : most;
+      }
+    }
+    for (; c < channels; ++c) {
+      sum += in[c];
+      most = !(most >= in[c]) && most == most ? in[c] : most;
+    }
+    float* out = t.out.data + p * t.out.stride;
+    out[0] = sum / static_cast<float>(channels);
+    out[1] = most;
   }
 }
 
@@ -341,10 +454,15 @@ void pointwise(const PlanTask& t, int64_t tile) {
 struct PlanLevel {
   static void run(const PlanTask& t, int64_t tile, float* scratch) {
     switch (t.step->op) {
-      case PlanOp::kConv: return conv(t, tile, scratch);
+      case PlanOp::kConv: return to_one(t) ? conv_to_one(t, tile, scratch) : conv(t, tile, scratch);
       case PlanOp::kDepthwise: return depthwise(t, tile);
       case PlanOp::kUpsample: return upsample(t, tile);
-      case PlanOp::kMean: return mean(t);
+      case PlanOp::kMean: return reduce<false>(t, 1.0f / static_cast<float>(t.in.pixels()));
+      case PlanOp::kSum: return reduce<false>(t, 1.0f);
+      case PlanOp::kMax: return reduce<true>(t, 1.0f);
+      case PlanOp::kStack:
+      case PlanOp::kConcat: return concat(t, tile);
+      case PlanOp::kChannelStats: return channel_stats(t, tile);
       default: return pointwise(t, tile);
     }
   }
