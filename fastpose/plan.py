@@ -8,6 +8,7 @@ convolutions around them; what remains is a list of a few instructions, each on 
 # no `from __future__ import annotations` here: TorchScript must see Final[...] itself, not its text
 
 import copy
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ Node = Any  # fx.Node, whose arguments have no useful static type
 # as in csrc/cpu/run_plan.h
 PAD, PANEL, VERSION = 16, 32, 1
 CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, CONCAT, CHANNEL_STATS, SCALE_PIXELS = range(13)
+SLICE, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(13, 19)
 ACTIVATIONS = {
     aten.relu.default: 1,
     aten.relu_.default: 1,
@@ -38,6 +40,7 @@ ACTIVATIONS = {
 }
 REDUCTIONS = {aten.mean.dim: MEAN, aten.amax.default: MAX, aten.sum.dim_IntList: SUM}
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+VIEWS = (aten.view.default, aten.reshape.default)
 MULTIPLICATIONS = (aten.mul.Tensor, aten.mul_.Tensor)
 NOTHING = (aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
 
@@ -145,7 +148,7 @@ class _Lowering:
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.tensors: dict[str, Tensor] = {k: state[v].detach() for k, v in named.items()}
         self.claimed: set[Node] = set()  # folded into an instruction
-        self.ending: dict[Node, _Step] = {}  # instruction by its last node
+        self.ending: dict[Node, list[_Step]] = {}  # instructions by their last node
         self.same: dict[Node, Node] = {}  # nodes that pass a value on unchanged
         # left to those who use them: a gate plus a number, an upsampled map, a mean or maximum over channels
         self.plus: dict[Node, tuple[Node, float]] = {}
@@ -156,10 +159,10 @@ class _Lowering:
         program = _Program()
         maps: dict[Node, int] = {}
 
-        def new_map(node: Node) -> int:
-            maps[node] = len(program.channels)
-            program.channels.append(int(node.meta["val"].shape[1]))
-            return maps[node]
+        def new_map(value: Node) -> int:
+            maps[value] = len(program.channels)
+            program.channels.append(self.channels(value))
+            return maps[value]
 
         inputs = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.tensors]
         if len(inputs) != 1:
@@ -168,8 +171,7 @@ class _Lowering:
         for node in self.graph.nodes:
             if node.op == "call_function" and node not in self.claimed:
                 self.match(node)
-            step = self.ending.get(node)
-            if step is not None:
+            for step in self.ending.get(node, ()):
                 self.emit(step, program, maps, new_map)
         (output,) = [n for n in self.graph.nodes if n.op == "output"]
         results = [self.value(n) for n in output.args[0]]
@@ -186,10 +188,22 @@ class _Lowering:
             raise NotOptimizable(f"{self.name}: an output of {h} x {w} for images of {height} x {width}")
         return [int(node.meta["val"].shape[1]), ratio.numerator, ratio.denominator]
 
+    def end(self, step: _Step) -> None:
+        """Emit `step` when its last node is reached: by then all its operands have been."""
+        node = step.out[0] if isinstance(step.out, tuple) else step.out
+        self.ending.setdefault(node, []).append(step)
+
+    def channels(self, value: Node) -> int:
+        """Number of channels of a value: a node, or (node, number of channels) for a part of a concatenation."""
+        if isinstance(value, tuple):
+            return int(value[1])
+        shape = value.meta["val"].shape
+        return int(shape[1] if len(shape) == 4 else shape[-1])  # [B, C] and [B, 1, C] are maps of one pixel
+
     def value(self, node: Any) -> Node:
         while node in self.same:
             node = self.same[node]
-        if not isinstance(node, fx.Node):
+        if not isinstance(node, (fx.Node, tuple)):
             raise NotOptimizable(f"{self.name}: an operand is {node!r}, expected a feature map")
         return node
 
@@ -222,7 +236,7 @@ class _Lowering:
             step.act, last = ACTIVATIONS[act.target], act
             self.claimed.add(act)
         step.out = last
-        self.ending[last] = step
+        self.end(step)
 
     def convolution(self, node: Node) -> None:
         transposed = node.target is aten.conv_transpose2d.input
@@ -277,8 +291,8 @@ class _Lowering:
 
     def reduction(self, node: Node) -> None:
         x, dims = node.args[0], [d % 4 for d in node.args[1]]
-        keep = len(node.args) > 2 and node.args[2]
         shape = x.meta["val"].shape
+        keep = (len(node.args) > 2 and node.args[2]) or sorted(dims) == [2, 3]
         everything = sorted(dims) == [2, 3] or (dims == [3] and shape[2] == 1) or (dims == [2] and shape[3] == 1)
         if not keep or not (everything or dims == [1]):
             raise NotOptimizable(f"{self.name}: {node.target} over {dims} of {list(shape)}, keepdim {keep}, is unknown")
@@ -298,14 +312,21 @@ class _Lowering:
                 if gate in self.plus:
                     step.gate, step.constant = self.plus[gate]
                 break
-            if small[1] == 1 and small[2:] == full[2:]:
+            if small[1] == 1 and full[2:] == (1, 1):
+                self.end(_Step(OUTER, node, node, x, gate=gate))
+                return
+            if small[1] == 1 and small[2:] == full[2:] and gate not in self.enlarged:
                 step = _Step(SCALE_PIXELS, node, node, x, gate=gate)
                 break
+            if small == full and x not in self.enlarged:
+                step = _Step(MULTIPLY, node, node, x, other=gate)
+                if gate in self.enlarged:
+                    step.other, step.factor = self.enlarged[gate]
+                break
         else:
-            raise NotOptimizable(
-                f"{self.name}: a product of {list(a.meta['val'].shape)} and {list(full)} is not supported"
-            )
-        self.finish(step, node)
+            shapes = [list(v.meta["val"].shape) for v in (a, b)]
+            raise NotOptimizable(f"{self.name}: a product of {shapes[0]} and {shapes[1]} is not supported")
+        self.finish(step, node, residual=step.op != MULTIPLY)
 
     def add(self, node: Node) -> None:
         a, b = node.args[:2]
@@ -328,11 +349,13 @@ class _Lowering:
         raise NotOptimizable(f"{self.name}: the addition {node.format_node()} is not supported")
 
     def enlarge(self, node: Node) -> None:
-        """Nearest-neighbour upsampling: left to the additions that use it."""
+        """Nearest-neighbour upsampling: left to the sums and products that use it."""
         x = node.args[0]
         (h, w), (height, width) = x.meta["val"].shape[2:], node.meta["val"].shape[2:]
         factor = height // h
-        if (height, width) != (factor * h, factor * w) or not all(u.target in ADDITIONS for u in node.users):
+        if (height, width) != (factor * h, factor * w) or not all(
+            u.target in (*ADDITIONS, *MULTIPLICATIONS) for u in node.users
+        ):
             raise NotOptimizable(f"{self.name}: upsampling from {h} x {w} to {height} x {width} is not supported")
         self.enlarged[node] = (self.value(x), factor)
 
@@ -342,19 +365,97 @@ class _Lowering:
         if dim % 4 == 1 and all(p in self.over_channels for p in parts):
             kinds = [p.target for p in parts]
             if kinds == [aten.mean.dim, aten.amax.default] and len({self.over_channels[p] for p in parts}) == 1:
-                self.ending[node] = _Step(CHANNEL_STATS, node, node, self.over_channels[parts[0]])
+                self.end(_Step(CHANNEL_STATS, node, node, self.over_channels[parts[0]]))
                 return
         elif len(parts) == 2 and dim % 4 == 1:
-            self.ending[node] = _Step(CONCAT, node, node, parts[0], other=parts[1])
+            step = _Step(CONCAT, node, node, parts[0], other=parts[1])
+            shuffled = self.shuffle_after(node)
+            if shuffled is not None and shapes[0] == shapes[1]:
+                step.kernel, step.out = 2, shuffled  # interleaved
+            self.end(step)
+            return
+        elif len(parts) > 2 and dim % 4 == 1:
+            self.join(node, list(parts))
             return
         elif len(parts) == 2 and all(s[2:] == [1, 1] for s in shapes):
-            self.ending[node] = _Step(STACK, node, node, parts[0], other=parts[1])
+            self.end(_Step(STACK, node, node, parts[0], other=parts[1]))
             return
         raise NotOptimizable(f"{self.name}: concatenation of {shapes} along dimension {dim} is not supported")
 
+    def join(self, node: Node, parts: list[Node]) -> None:
+        """Concatenation of more than two maps, one after the other."""
+        total = parts[0]
+        for part in parts[1:]:
+            channels = self.channels(total) + self.channels(part)
+            out = node if part is parts[-1] else (node, channels)
+            self.end(_Step(CONCAT, node, out, total, other=part))
+            total = out
+
+    def shuffle_after(self, node: Node) -> Node | None:
+        """The end of a channel shuffle in two groups of `node`, its only use: view, transpose, reshape."""
+        b, c, h, w = node.meta["val"].shape
+        view = self.follower(node, VIEWS)
+        swap = self.follower(view, (aten.transpose.int,)) if view is not None else None
+        back = self.follower(swap, VIEWS) if swap is not None else None
+        if view is None or swap is None or back is None:
+            return None
+        if list(view.meta["val"].shape) != [b, 2, c // 2, h, w] or sorted(swap.args[1:]) != [1, 2]:
+            return None
+        if list(back.meta["val"].shape) != [b, c, h, w]:
+            return None
+        self.claimed |= {view, swap, back}
+        return back
+
+    def split(self, node: Node) -> None:
+        """`chunk` and `split_with_sizes` along the channels; every part is an instruction of its own."""
+        dim = node.args[2] if len(node.args) > 2 else 0
+        if dim % 4 != 1:
+            raise NotOptimizable(f"{self.name}: {node.target} along dimension {dim} is not supported")
+        at = 0
+        starts = []
+        for part in node.meta["val"]:
+            starts.append(at)
+            at += int(part.shape[1])
+        for user in node.users:
+            self.claimed.add(user)
+            self.end(_Step(SLICE, node, user, node.args[0], padding=starts[user.args[1]]))
+
+    def average_pool(self, node: Node) -> None:
+        kernel = self.square(node, node.args[1])
+        stride = self.square(node, node.args[2]) if len(node.args) > 2 and node.args[2] else kernel
+        if stride != kernel or any(node.args[3:]) or node.kwargs:
+            raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported; expected stride = kernel only")
+        self.end(_Step(AVERAGE_POOL, node, node, node.args[0], kernel=kernel))
+
+    def bilinear(self, node: Node) -> None:
+        x, _, corners, factors = node.args
+        if not corners or list(factors or []) != [2.0, 2.0]:
+            raise NotOptimizable(
+                f"{self.name}: {node.format_node()} is not supported; expected factor 2, align_corners"
+            )
+        self.finish(_Step(BILINEAR, node, node, x), node, residual=False)
+
+    def band(self, node: Node) -> None:
+        """Convolution along the channels: [B, 1, C] with a kernel of odd size and zeros at both ends."""
+        x, name, bias, stride, padding = (*node.args, *(None, [1], [0])[len(node.args) - 2 :])[:5]
+        weight = self.tensors[name.name].double()
+        k = weight.shape[2]
+        fits = tuple(weight.shape[:2]) == (1, 1) and x.meta["val"].shape[1] == 1 and len(node.args) < 6
+        if not fits or k % 2 == 0 or list(stride) != [1] or list(padding) != [k // 2]:
+            raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported")
+        number = None if bias is None else self.tensors[bias.name].double()
+        self.finish(_Step(BAND, node, node, x, kernel=k, weight=weight, bias=number), node)
+
+    def vector(self, node: Node) -> None:
+        """`unsqueeze`, `transpose` and the like of a map of one pixel: the same numbers."""
+        for shape in (node.args[0].meta["val"].shape, node.meta["val"].shape):
+            if math.prod(shape[1:]) != max(shape[1:]):
+                raise NotOptimizable(f"{self.name}: {node.format_node()} of {list(shape)} is not supported")
+        self.same[node] = node.args[0]
+
     def activation(self, node: Node) -> None:
         """An activation that nothing before it could take in."""
-        self.ending[node] = _Step(ACTIVATE, node, node, node.args[0], act=ACTIVATIONS[node.target])
+        self.end(_Step(ACTIVATE, node, node, node.args[0], act=ACTIVATIONS[node.target]))
 
     def unchanged(self, node: Node) -> None:
         self.same[node] = node.args[0]
@@ -382,6 +483,8 @@ def _pack(op: int, weight: Tensor) -> Tensor:
     out = weight.shape[0]
     padded = torch.zeros(out + -out % PAD, *weight.shape[1:], dtype=weight.dtype)
     padded[:out] = weight
+    if op == BAND:
+        return weight.flatten()
     if op != CONV:
         return padded.flatten(1).t()  # [k * k, channels]
     rows = padded.permute(2, 3, 1, 0).flatten(0, 2)  # [k * k * in, out]
@@ -394,6 +497,13 @@ PATTERNS: dict[Any, Callable[[_Lowering, Node], None]] = {
     **{target: _Lowering.reduction for target in REDUCTIONS},
     aten.upsample_nearest2d.vec: _Lowering.enlarge,
     aten.cat.default: _Lowering.concat,
+    aten.conv1d.default: _Lowering.band,
+    aten.unsqueeze.default: _Lowering.vector,
+    aten.transpose.int: _Lowering.vector,
+    aten.chunk.default: _Lowering.split,
+    aten.split_with_sizes.default: _Lowering.split,
+    aten.avg_pool2d.default: _Lowering.average_pool,
+    aten.upsample_bilinear2d.vec: _Lowering.bilinear,
     **{target: _Lowering.multiply for target in MULTIPLICATIONS},
     **{target: _Lowering.add for target in ADDITIONS},
     **{target: _Lowering.activation for target in ACTIVATIONS},

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastpose
-from fastpose.layers import CBAM
+from fastpose.layers import CBAM, channel_shuffle
 from fastpose.ops import run_plan
 from fastpose.plan import NotOptimizable, Optimized, optimize
 from tests.conftest import needs_kernels
@@ -126,7 +126,31 @@ def test_attention_concatenation_and_exchange():
     compare(Attention(), (1, 3, 24, 24), (3, 3, 4, 12))
 
 
-@pytest.mark.parametrize("name", ["hr_litenet", "small_hrnet_w16"])
+class Shuffle(nn.Module):
+    """What Lite-HRNet adds: halves, channel shuffles, pooling to the smallest map, gates of a lower resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down, self.last = nn.Conv2d(3, 38, 1), nn.Conv2d(38, 6, 2, 2), nn.Conv2d(19, 19, 1)
+        self.gate = nn.Conv2d(19 + 6 + 6, 19 + 12, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        low = self.down(x)
+        a, b = x.chunk(2, 1)
+        pooled = torch.cat([F.avg_pool2d(b, 4, 4), F.avg_pool2d(low, 2), F.avg_pool2d(low, 2)], 1)
+        gate, rest = torch.sigmoid(self.gate(pooled)).split([19, 12], 1)
+        b = F.relu(self.last(b) * F.interpolate(gate, scale_factor=4.0))
+        x = channel_shuffle(torch.cat([a, b], 1), 2)
+        up = F.interpolate(torch.cat([low, low], 1), scale_factor=2.0, mode="bilinear", align_corners=True)
+        return torch.cat([x, up, F.interpolate(rest, scale_factor=4.0) * up], 1)
+
+
+def test_halves_shuffles_and_pooling():
+    compare(Shuffle(), (1, 3, 24, 24), (3, 3, 4, 8), (1, 3, 8, 4))
+
+
+@pytest.mark.parametrize("name", ["hr_litenet", "lite_csw_hrnet", "lite_hrnet_18", "small_hrnet_w16"])
 def test_networks(name):
     model = build(name, num_keypoints=5)
     fast, x = optimize(model), torch.randn(3, 3, 64, 96)
@@ -161,7 +185,8 @@ def test_every_instruction_set(level):
     code += "[t.test_depthwise_convolution(k, s) for k in (3, 5, 7) for s in (1, 2)]; "
     code += "[t.test_pointwise_convolution(c) for c in (7, 17, 24, 40, 72)]; "
     code += "t.test_transposed_depthwise_convolution(); t.test_additions_gates_and_activations(); "
-    code += "t.test_attention_concatenation_and_exchange(); t.test_convolution_to_one_channel(2, 7, 3)"
+    code += "t.test_attention_concatenation_and_exchange(); t.test_halves_shuffles_and_pooling(); "
+    code += "t.test_convolution_to_one_channel(2, 7, 3)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FASTPOSE_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -205,7 +230,7 @@ def test_what_is_not_understood_is_named():
     for module, message in (
         (nn.Softplus(), "aten.softplus.default giving .* is not in the table of patterns"),
         (nn.Conv2d(3, 6, 3, groups=3), r"convolution with weight \[6, 1, 3, 3\].*is not supported"),
-        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2)), "aten.avg_pool2d"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2, 1)), "avg_pool2d.*expected stride = kernel only"),
     ):
         module.input_multiple = 1
         with pytest.raises(NotOptimizable, match=message):
@@ -222,14 +247,14 @@ def test_wrong_images():
         fast(torch.zeros(1, 3, 64, 64, requires_grad=True)).sum().backward()
 
 
-@pytest.mark.parametrize("name", ["mobileposenet", "hr_litenet"])
+@pytest.mark.parametrize("name", ["mobileposenet", "hr_litenet", "lite_hrnet_18"])
 def test_damaged_programs_are_refused(name):
     """Any single changed number is noticed or harmless: never a read or write outside the maps."""
     fast = optimize(build(name, num_keypoints=2))
     x = torch.randn(1, 3, 32, 32)
     generator = torch.Generator().manual_seed(0)
     refused = 0
-    for at in torch.randperm(len(fast.program), generator=generator)[:300].tolist():
+    for at in torch.randperm(len(fast.program), generator=generator)[:150].tolist():
         for value in (-7, 3, 10**6, 2**62):
             program = fast.program.clone()
             program[at] = value
@@ -237,7 +262,7 @@ def test_damaged_programs_are_refused(name):
                 run_plan(x, program, fast.weights, fast.outputs)
             except (ValueError, MemoryError):
                 refused += 1
-    assert refused > 500
+    assert refused > 250
     with pytest.raises(ValueError, match="program of version 99"):
         run_plan(x, torch.cat([torch.tensor([99]), fast.program[1:]]), fast.weights, fast.outputs)
     with pytest.raises(ValueError, match="program is damaged"):

@@ -75,7 +75,7 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     std::memcpy(&constant, &bits, sizeof(constant));
     const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],  q[4],    q[5], q[6], q[7],
                      static_cast<PlanAct>(q[8]), q[9], q[10], q[11], constant};
-    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kScalePixels) && q[8] >= 0 &&
+    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kOuter) && q[8] >= 0 &&
               q[8] <= static_cast<int64_t>(PlanAct::kSigmoid);
     for (const int64_t m : {s.in, s.other, s.gate}) {
       if (m == -1 && m != s.in) continue;
@@ -94,8 +94,11 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       needed = s.kernel * s.kernel * in_channels * out_stride;
     } else if (s.op == PlanOp::kConcat) {
       ok = s.other >= 0 && out_channels == in_channels + plan.channels[static_cast<size_t>(s.other)];
+      ok = ok && (s.kernel == 1 || (s.kernel == 2 && 2 * in_channels == out_channels));
     } else if (s.op == PlanOp::kChannelStats) {
       ok = out_channels == 2;
+    } else if (s.op == PlanOp::kSlice) {
+      ok = s.padding >= 0 && s.padding < in_channels && s.padding + out_channels <= in_channels;
     } else {
       ok = in_channels == out_channels;
       if (s.op == PlanOp::kDepthwise) {
@@ -104,6 +107,11 @@ Plan parse(const Tensor& program, const Tensor& weights) {
         needed = s.kernel * s.kernel * out_stride;
       } else if (s.op == PlanOp::kUpsample) {
         needed = 16 * out_stride;
+      } else if (s.op == PlanOp::kAveragePool) {
+        ok = ok && s.kernel >= 1 && s.kernel <= 64;
+      } else if (s.op == PlanOp::kBand) {
+        ok = ok && s.kernel % 2 == 1 && s.kernel >= 1 && s.kernel <= 63;
+        needed = s.kernel;
       }
     }
     if (needed > 0) {
@@ -114,12 +122,13 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       return m < 0 || plan.channels[static_cast<size_t>(m)] == channels;
     };
     ok = ok && (s.op == PlanOp::kConcat || has(s.other, out_channels));
-    ok = ok && has(s.gate, s.op == PlanOp::kScalePixels ? 1 : out_channels);
+    ok = ok && has(s.gate, s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ? 1 : out_channels);
     ok = ok && s.other != plan.input && (s.op == PlanOp::kConv || s.in != plan.input);  // whose pixels are not padded
-    const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels;
-    const bool paired = s.op == PlanOp::kAdd || s.op == PlanOp::kStack || s.op == PlanOp::kConcat;
+    const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter;
+    const bool scaled = s.op == PlanOp::kAdd || s.op == PlanOp::kMultiply;
+    const bool paired = scaled || s.op == PlanOp::kStack || s.op == PlanOp::kConcat;
     ok = ok && (s.gate >= 0) == gated && (s.other >= 0 || !paired) && s.gate != plan.input;
-    ok = ok && s.factor >= 1 && s.factor <= 64 && (s.factor == 1 || s.op == PlanOp::kAdd);
+    ok = ok && s.factor >= 1 && s.factor <= 64 && (s.factor == 1 || scaled);
     FASTPOSE_CHECK(ok, op, ": program is damaged (operands of step ", i, ")");
     plan.steps.push_back(s);
   }
@@ -178,7 +187,11 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
           l.gather = std::max(l.gather, in.channels * (out.height + s.kernel) * line);
         }
       }
-    } else if (s.op == PlanOp::kUpsample) {
+    } else if (s.op == PlanOp::kAveragePool) {
+      out.height = in.height / s.kernel;
+      out.width = in.width / s.kernel;
+      FASTPOSE_CHECK(out.pixels() > 0, "run_plan: images of ", height, " x ", width, " are too small for this network");
+    } else if (s.op == PlanOp::kUpsample || s.op == PlanOp::kBilinear) {
       out.height = 2 * in.height;
       out.width = 2 * in.width;
     } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum) {
@@ -192,6 +205,16 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     if (s.op == PlanOp::kStack) {
       FASTPOSE_CHECK(in.pixels() == 1, "run_plan: stacked maps must have one pixel in step ", i);
       out.width = 2;
+    }
+    if (s.op == PlanOp::kOuter) {
+      const PlanMap& gate = l.maps[static_cast<size_t>(s.gate)];
+      FASTPOSE_CHECK(in.pixels() == 1, "run_plan: a map has more than one pixel in step ", i);
+      out.height = gate.height;
+      out.width = gate.width;
+    }
+    if (s.op == PlanOp::kBand) {
+      l.gather = std::max(l.gather, in.stride + s.kernel);
+      FASTPOSE_CHECK(in.pixels() == 1, "run_plan: a map has more than one pixel in step ", i);
     }
     if (s.op == PlanOp::kScalePixels) {
       const PlanMap& gate = l.maps[static_cast<size_t>(s.gate)];
@@ -235,7 +258,8 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
     if (s.op == PlanOp::kConv && to_one(t)) unit = t.out.width;
     if (s.op == PlanOp::kDepthwise) rows = t.out.height, unit = 1;
     if (s.op == PlanOp::kUpsample) rows = t.in.height, unit = 1;
-    const bool whole = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum || s.op == PlanOp::kStack;
+    const bool whole = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
+                       s.op == PlanOp::kStack || s.op == PlanOp::kBand;
     if (whole) rows = unit = 1;
     // four tiles per thread, so that one who was interrupted does not hold up the others for long
     const int64_t wanted = threads == 1 ? 1 : 4 * threads;

@@ -29,6 +29,12 @@ enum class PlanOp : int64_t {
   kConcat,     // channels of map, then of other
   kChannelStats,  // per pixel: mean and maximum over the channels
   kScalePixels,   // act(map * gate (+ other)), the gate one number per pixel (a map of one channel)
+  kSlice,         // channels from `padding` on
+  kAveragePool,   // mean over squares of kernel x kernel pixels, stride = kernel, what is left over dropped
+  kMultiply,      // act(map * other), `factor` as in kAdd
+  kBilinear,      // act(upsampling by two, corners on corners)
+  kBand,          // map of one pixel: act(convolution along the channels with `kernel` numbers, zeros beyond (+ other))
+  kOuter,         // map of one pixel times gate, a number per pixel: a map of the gate's size
 };
 
 struct PlanStep {

@@ -368,6 +368,18 @@ void reduce(const PlanTask& t, float factor) {
   }
 }
 
+// Convolution along the channels of one pixel.
+void band(const PlanTask& t, float* scratch) {
+  const int64_t channels = t.in.channels, k = t.step->kernel, edge = k / 2, stride = t.in.stride;
+  for (int64_t i = 0; i < stride + k; ++i) scratch[i] = i >= edge && i < channels + edge ? t.in.data[i - edge] : 0;
+  for (int64_t c = 0; c < stride; c += kL) {
+    V y = splat(t.bias[0]);
+    for (int64_t i = 0; i < k; ++i) y += load(scratch + c + i) * splat(t.weight[i]);
+    if (t.other.data) y += load(t.other.data + c);
+    store(t.out.data + c, apply(y, t.step->act));
+  }
+}
+
 // The pixels of a tile.
 struct Range {
   int64_t begin, end;
@@ -377,11 +389,11 @@ FASTPOSE_INLINE Range pixels_of(const PlanTask& t, int64_t tile) {
   return {begin, begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels};
 }
 
-// kScale, kScalePixels, kAdd and kActivate.
+// kScale, kScalePixels, kAdd, kMultiply and kActivate.
 void pointwise(const PlanTask& t, int64_t tile) {
   const Range range = pixels_of(t, tile);
   const int64_t stride = t.out.stride, width = t.out.width, factor = t.step->factor;
-  const bool per_pixel = t.step->op == PlanOp::kScalePixels;
+  const bool per_pixel = t.step->op == PlanOp::kScalePixels, product = t.step->op == PlanOp::kMultiply;
   const PlanAct act = t.step->act;
   for (int64_t p = range.begin; p < range.end; ++p) {
     const float* in = t.in.data + p * stride;
@@ -392,13 +404,70 @@ void pointwise(const PlanTask& t, int64_t tile) {
     for (int64_t c = 0; c < stride; c += kL) {
       V y = load(in + c) * scale;
       if (t.gate.data && !per_pixel) y *= load(t.gate.data + c) + t.step->constant;
-      if (other) y += load(other + c);
+      if (other) y = product ? y * load(other + c) : y + load(other + c);
       store(out + c, apply(y, act));
     }
   }
 }
 
-// kStack and kConcat: the next pixel's numbers must stay, so ends are copied one by one.
+void outer(const PlanTask& t, int64_t tile) {
+  const Range range = pixels_of(t, tile);
+  const int64_t stride = t.out.stride;
+  for (int64_t p = range.begin; p < range.end; ++p) {
+    const V gate = splat(t.gate.data[p * t.gate.stride]);
+    for (int64_t c = 0; c < stride; c += kL) store(t.out.data + p * stride + c, load(t.in.data + c) * gate);
+  }
+}
+
+void average_pool(const PlanTask& t, int64_t tile) {
+  const Range range = pixels_of(t, tile);
+  const int64_t stride = t.in.stride, k = t.step->kernel;
+  const float factor = 1.0f / static_cast<float>(k * k);
+  for (int64_t p = range.begin; p < range.end; ++p) {
+    const float* in = t.in.data + (p / t.out.width * k * t.in.width + p % t.out.width * k) * stride;
+    for (int64_t c = 0; c < stride; c += kL) {
+      V sum{};
+      for (int64_t y = 0; y < k; ++y) {
+        for (int64_t x = 0; x < k; ++x) sum += load(in + (y * t.in.width + x) * stride + c);
+      }
+      store(t.out.data + p * stride + c, sum * factor);
+    }
+  }
+}
+
+// Where output coordinate `at` lies among `in` inputs if first meets first and last meets last: the input before it and
+// the weight of the one after.
+struct Between {
+  int64_t before, after;
+  float weight;
+};
+FASTPOSE_INLINE Between between(int64_t at, int64_t in, int64_t out) {
+  const float position =
+      out > 1 ? static_cast<float>(at) * (static_cast<float>(in - 1) / static_cast<float>(out - 1)) : 0;
+  int64_t before = static_cast<int64_t>(position);
+  before = before < in ? before : in - 1;
+  return {before, before + 1 < in ? before + 1 : before, position - static_cast<float>(before)};
+}
+
+void bilinear(const PlanTask& t, int64_t tile) {
+  const Range range = pixels_of(t, tile);
+  const int64_t stride = t.in.stride, width = t.in.width;
+  for (int64_t p = range.begin; p < range.end; ++p) {
+    const Between y = between(p / t.out.width, t.in.height, t.out.height),
+                  x = between(p % t.out.width, width, t.out.width);
+    const float *a = t.in.data + (y.before * width + x.before) * stride,
+                *b = t.in.data + (y.before * width + x.after) * stride;
+    const float *c = t.in.data + (y.after * width + x.before) * stride,
+                *d = t.in.data + (y.after * width + x.after) * stride;
+    for (int64_t i = 0; i < stride; i += kL) {
+      const V top = load(a + i) * (1 - x.weight) + load(b + i) * x.weight;
+      const V bottom = load(c + i) * (1 - x.weight) + load(d + i) * x.weight;
+      store(t.out.data + p * stride + i, apply(top * (1 - y.weight) + bottom * y.weight, t.step->act));
+    }
+  }
+}
+
+// kStack, kConcat and kSlice: the next pixel's numbers must stay, so ends are copied one by one.
 FASTPOSE_INLINE void copy_exactly(float* to, const float* from, int64_t n) {
   int64_t i = 0;
   for (; i + kL <= n; i += kL) store(to + i, load(from + i));
@@ -411,6 +480,19 @@ void concat(const PlanTask& t, int64_t tile) {
     return;
   }
   const Range range = pixels_of(t, tile);
+  if (t.step->op == PlanOp::kSlice) {
+    for (int64_t p = range.begin; p < range.end; ++p)
+      copy_exactly(t.out.data + p * t.out.stride, t.in.data + p * t.in.stride + t.step->padding, t.out.channels);
+    return;
+  }
+  if (t.step->kernel == 2) {
+    for (int64_t p = range.begin; p < range.end; ++p) {
+      const float *a = t.in.data + p * t.in.stride, *b = t.other.data + p * t.other.stride;
+      float* out = t.out.data + p * t.out.stride;
+      for (int64_t c = 0; c < t.in.channels; ++c) out[2 * c] = a[c], out[2 * c + 1] = b[c];
+    }
+    return;
+  }
   for (int64_t p = range.begin; p < range.end; ++p) {
     float* out = t.out.data + p * t.out.stride;
     copy_exactly(out, t.in.data + p * t.in.stride, t.in.channels);
@@ -461,7 +543,12 @@ struct PlanLevel {
       case PlanOp::kSum: return reduce<false>(t, 1.0f);
       case PlanOp::kMax: return reduce<true>(t, 1.0f);
       case PlanOp::kStack:
+      case PlanOp::kSlice:
       case PlanOp::kConcat: return concat(t, tile);
+      case PlanOp::kAveragePool: return average_pool(t, tile);
+      case PlanOp::kBilinear: return bilinear(t, tile);
+      case PlanOp::kBand: return band(t, scratch);
+      case PlanOp::kOuter: return outer(t, tile);
       case PlanOp::kChannelStats: return channel_stats(t, tile);
       default: return pointwise(t, tile);
     }
