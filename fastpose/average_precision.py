@@ -316,6 +316,24 @@ def _oks(truth: KeypointTruth, gts: Array, found: Array, widths: Array) -> Array
     return np.asarray(total / seen.sum(-1))
 
 
+def best_matches(truth: KeypointTruth, results: KeypointResults, sigmas: Sequence[float]) -> tuple[Array, Array]:
+    """For every annotated person the best OKS of any result on the same image: float64 [M], and which one: int64 [M].
+
+    0 and -1 where the image has no result. Unlike in AP one result may be the best for several people.
+    """
+    widths = _variances(truth, results, sigmas)
+    best, which = np.zeros(len(truth)), np.full(len(truth), -1)
+    order = np.argsort(results.image, kind="stable")
+    found_starts = np.searchsorted(results.image[order], np.arange(len(truth.image_ids) + 1))
+    starts, people = _people(truth)
+    for i in range(len(truth.image_ids)):
+        found, gts = order[found_starts[i] : found_starts[i + 1]], people[starts[i] : starts[i + 1]]
+        if len(found) and len(gts):
+            oks = _oks(truth, gts[None], results.keypoints[found][None], widths)[0]  # [D, G]
+            best[gts], which[gts] = oks.max(0), found[oks.argmax(0)]
+    return best, which
+
+
 def _accumulate(matched: Array, unjudged: Array, by_score: Array, people: Array) -> tuple[Array, Array]:
     """Precision [T, R, A] and recall [T, A] from flags [A, T, N] and the number of people that count [A]."""
     a_count, t_count, n = matched.shape

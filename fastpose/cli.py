@@ -1,4 +1,4 @@
-"""The command line: ``fastpose predict | train | evaluate | export | models | info``.
+"""The command line: ``fastpose predict | train | evaluate | validate-data | export | models | info``.
 
 Exit codes: 0 all done, 2 bad input (what could be done was done), 1 anything unexpected.
 """
@@ -69,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass")
     p.set_defaults(run=_evaluate)
 
+    p = commands.add_parser("validate-data", help="find what is wrong with a data set; exit code 2 if anything is")
+    _add_data_arguments(p)
+    p.add_argument("--no-images", action="store_true", help="check the annotations only, do not decode the images")
+    p.add_argument("--json", action="store_true", help="as JSON")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_validate_data)
+
     p = commands.add_parser("export", help="write a network for deployment")
     p.add_argument("--format", choices=("torchscript",), default="torchscript")
     p.add_argument("--model", default="mobileposenet")
@@ -85,6 +92,35 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="as JSON")
     p.set_defaults(run=_info)
     return parser
+
+
+def _add_data_arguments(p: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Arguments that say which part of which data set is meant; read by `_load_data`."""
+    from fastpose.data import DATASETS
+
+    p.add_argument("data", metavar="DIR", help="folder of the unpacked data set")
+    what = f"default: {default}" if default else "required"
+    p.add_argument("--dataset", choices=DATASETS, default=default, required=default is None, help=f"its kind ({what})")
+    p.add_argument("--split", default="val", help="train, val, test, ... (default: %(default)s)")
+    p.add_argument("--annotations", metavar="FILE", help="annotation file, if not at its usual place")
+    p.add_argument("--images", metavar="DIR", help="image folder, if not at its usual place")
+    p.add_argument("--skeleton", metavar="FILE", help="custom: .toml or .json file, or the name of a built-in skeleton")
+    p.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
+
+
+def _load_data(options: argparse.Namespace, **more: Any) -> Any:
+    from fastpose.data import load_dataset
+
+    return load_dataset(
+        options.dataset,
+        options.data,
+        options.split,
+        skeleton=options.skeleton,
+        annotations=options.annotations,
+        images=options.images,
+        limit=options.limit,
+        **more,
+    )
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -227,6 +263,23 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"{name:<16}{value:6.1f}")
     print(f"{'PCK@0.2':<16}{result.total:6.1f}  ({result.people} people with a measurable torso)")
     return 0
+
+
+def _validate_data(options: argparse.Namespace) -> int:
+    from fastpose.data.validate import validate_data
+
+    data = _load_data(options)
+    report = validate_data(data, not options.no_images, options.quiet or options.json)
+    images, people = len(data.image_files()), len(data)
+    if options.json:
+        content = {"dataset": options.dataset, "split": options.split, "images": images, "people": people}
+        content |= {"wrong": report.wrong, "findings": report.to_dict()}
+        print(json.dumps(content, indent=1))
+    else:
+        print(f"{options.dataset} {options.split}: {images} images, {people} people, {report.wrong} things wrong")
+        if report.findings:
+            print(report.to_text(examples=10))
+    return BAD_INPUT if report.wrong else 0
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -17,7 +17,14 @@ def torso_lengths(keypoints: Array, labelled: Array, skeleton: Skeleton) -> Arra
 
     The torso is the mean of the two diagonals left shoulder - right hip and right shoulder - left hip, or the one whose
     ends are both labelled.
+
+    Raises:
+        ValueError: the skeleton has no shoulders and hips of these names.
     """
+    missing = {f"{side}_{part}" for side in ("left", "right") for part in ("shoulder", "hip")} - set(skeleton.names)
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"PCK by torso length needs shoulders and hips; skeleton {skeleton.name!r} has no {names}")
     lengths = []
     for a, b in (("left_shoulder", "right_hip"), ("right_shoulder", "left_hip")):
         i, j = skeleton.names.index(a), skeleton.names.index(b)
