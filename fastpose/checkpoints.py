@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastpose.codecs import SoftmaxHeatmapCodec
+from fastpose.codecs import TopDownCodec
 from fastpose.config import from_dict
 from fastpose.files import write_atomically
 
@@ -36,6 +36,7 @@ class WeightsInfo:
         codec: how its outputs become keypoints.
         flip_test: whether averaging with the mirrored crop is recommended.
         options: fields of the network's config that differ from its default.
+        antialias: whether crops that shrink the image are smoothed first (see `geometry.warp_crop`).
     """
 
     model: str
@@ -43,9 +44,10 @@ class WeightsInfo:
     skeleton: str
     input_size: tuple[int, int]
     padding: float
-    codec: SoftmaxHeatmapCodec
+    codec: TopDownCodec
     flip_test: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    antialias: bool = True
 
 
 def resolve_weights(weights: str | Path, model: str) -> Path:

@@ -171,10 +171,12 @@ class PoseEstimator:
         k, size = self.skeleton.num_keypoints, self.info.input_size
         keypoints = np.zeros((len(boxes), k, 2), np.float32)
         scores = np.zeros((len(boxes), k), np.float32)
-        matrices = [crop_matrix(box, size, self.info.padding) for box in boxes]
+        convention = self.info.codec.convention
+        matrices = [crop_matrix(box, size, self.info.padding, convention=convention) for box in boxes]
         for start in range(0, len(boxes), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(boxes)))
-            crops = np.stack([warp_crop(images[i], m, size) for i, m in zip(index[part], matrices[part], strict=True)])
+            pairs = zip(index[part], matrices[part], strict=True)
+            crops = np.stack([warp_crop(images[i], m, size, self.info.antialias) for i, m in pairs])
             batch = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
             points, point_scores = estimate_crops(self.model, batch, self.info, self.flip_test)
             back = invert_affine(np.stack(matrices[part]))
@@ -215,13 +217,11 @@ class PoseEstimator:
 def estimate_crops(model: nn.Module, crops: Tensor, info: WeightsInfo, flip_test: bool) -> tuple[Tensor, Tensor]:
     """Keypoints [B, K, 2] in crop pixels and scores [B, K] from uint8 RGB crops [B, 3, h, w]."""
     x = normalize(crops).contiguous(memory_format=torch.channels_last)
-    probabilities = info.codec.probabilities(model(x))
+    heatmaps = info.codec.heatmaps(model(x))
     if flip_test:
-        order = get_skeleton(info.skeleton).flip_indices
-        mirrored = info.codec.probabilities(model(x.flip(3)))
-        # heatmap cells lie symmetrically in the crop, so mirroring needs no shift
-        probabilities = (probabilities + mirrored.flip(3)[:, order]) / 2
-    return info.codec.decode(probabilities)
+        mirrored = info.codec.heatmaps(model(x.flip(3)))
+        heatmaps = info.codec.average_flipped(heatmaps, mirrored, get_skeleton(info.skeleton).flip_indices)
+    return info.codec.decode(heatmaps)
 
 
 def check_boxes(boxes: Any, height: int, width: int, what: str = "boxes") -> Array:
