@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastpose.codecs import TopDownCodec
+from fastpose.codecs import MSRAHeatmapCodec, TopDownCodec
 from fastpose.config import from_dict
 from fastpose.files import write_atomically
+from fastpose.skeletons import SKELETONS
 
 # model name -> file in fastpose/weights
 DEFAULT_WEIGHTS = {"mobileposenet": "mobileposenet_lspet.safetensors"}
@@ -81,6 +82,45 @@ def read_info(path: str | Path) -> WeightsInfo:
         return from_dict(WeightsInfo, json.loads(metadata["fastpose"]), "")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged fastpose metadata: {error}") from None
+
+
+# what published weights with so many keypoints were trained on; fewer than certain for other numbers
+USUAL_SKELETONS = {17: "coco17", 16: "mpii16"}
+
+
+def describe_weights(path: str | Path, name: str = "auto", skeleton: str | None = None) -> WeightsInfo:
+    """The metadata of a fastpose file; for checkpoints of others what is customary among them.
+
+    That is the paper's input size, `padding` 1.25, `MSRAHeatmapCodec`, the flip test, crops without antialiasing, and
+    the keypoints of COCO for 17 and of MPII for 16 of them. Weights trained with DARK, UDP or at another input size
+    look the same in the file: correct the result for them.
+
+    Args:
+        name: the network, or ``"auto"``.
+        skeleton: name of the keypoints for a checkpoint of others.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, no or more than one network fits, or the keypoints cannot be told by their
+            number and `skeleton` is not given.
+    """
+    from fastpose.models._registry import model_entry
+
+    state, layout = read_state(path)
+    if layout == "fastpose":
+        return read_info(path)
+    name, k, options = find_architecture(path, name)
+    if skeleton is None:
+        if k not in USUAL_SKELETONS:
+            known = [s.name for s in SKELETONS.values() if s.num_keypoints == k]
+            these = f" (there is {' and '.join(known)})" if known else " (none of the built-in ones)"
+            raise ValueError(
+                f"{layout} weights {path} have {k} keypoints, but do not say which: choose with skeleton=...{these}"
+            )
+        skeleton = USUAL_SKELETONS[k]
+    codec = MSRAHeatmapCodec(edges="hrnet" if layout == "original" else "mmpose")
+    size = model_entry(name).input_size
+    return WeightsInfo(name, k, skeleton, size, 1.25, codec, options=options, antialias=False)
 
 
 def save_weights(

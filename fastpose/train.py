@@ -342,11 +342,12 @@ def validate(
     channels_last(model.eval())
     store = CropStore(data, info.padding, side=max(info.input_size))
     dataset = CropDataset(store, info.input_size, convention=info.codec.convention)
+    flip_indices = data.skeleton.flip_indices if flip else None
     predicted = []
     for start in range(0, len(data), 32):
         samples = [dataset[i] for i in range(start, min(start + 32, len(data)))]
         crops = torch.stack([s[0] for s in samples])
-        predicted.append(estimate_crops(model, crops, info, flip)[0].numpy())
+        predicted.append(estimate_crops(model, crops, info.codec, flip_indices)[0].numpy())
     # compared in crop pixels: the map from image to crop keeps ratios of lengths
     truth = np.stack([np.asarray(dataset[i][1]) for i in range(len(data))])
     return pck(np.concatenate(predicted), truth, data.labelled, torso_lengths(truth, data.labelled, data.skeleton))

@@ -19,12 +19,26 @@ from fastpose.codecs.udp import UDPHeatmapCodec
 # for settings and weights files, which name a codec by its `type`; the first is meant where none is given
 TopDownCodec = SoftmaxHeatmapCodec | MSRAHeatmapCodec | DarkHeatmapCodec | UDPHeatmapCodec
 
+CODECS: dict[str, type[HeatmapCodec]] = {
+    c.type: c for c in (SoftmaxHeatmapCodec, MSRAHeatmapCodec, DarkHeatmapCodec, UDPHeatmapCodec)
+}
+
+
+def get_codec(name: str) -> TopDownCodec:
+    """The heatmap codec called `name` with its defaults; raises ValueError with the known names otherwise."""
+    if name not in CODECS:
+        raise ValueError(f"unknown codec {name!r}; known: {', '.join(CODECS)}")
+    return CODECS[name]()  # type: ignore[return-value]
+
+
 __all__ = [
+    "CODECS",
     "DarkHeatmapCodec",
     "HeatmapCodec",
     "MSRAHeatmapCodec",
     "SoftmaxHeatmapCodec",
     "TopDownCodec",
     "UDPHeatmapCodec",
+    "get_codec",
     "heatmap_mse",
 ]

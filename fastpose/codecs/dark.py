@@ -28,7 +28,8 @@ class DarkHeatmapCodec(GaussianCodec):
     cells and flip test are those of `MSRAHeatmapCodec`; the Gaussian has no cut-off.
 
     `decode` equals the authors' and `MSRAHeatmap(unbiased=True)` of mmpose: no step within two cells of the border or
-    if the Hessian has no inverse. As there, the length of the step is not limited.
+    if the Hessian has no inverse. As there, the length of the step is not limited. Where the smoothed map has nothing
+    above 0, theirs turns it upside down and steps from there; here there is no step.
 
     Attributes:
         kernel: taps of the smoothing, odd; the authors use 11 for a sigma of 2 and 17 for 3.
@@ -64,7 +65,7 @@ class DarkHeatmapCodec(GaussianCodec):
         dxx = 0.25 * (at(2, 0) - 2 * at(0, 0) + at(-2, 0))
         dyy = 0.25 * (at(0, 2) - 2 * at(0, 0) + at(0, -2))
         dxy = 0.25 * (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1))
-        inner = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2) & (score > 0)
+        inner = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2) & at.meaningful
         step = torch.where(inner.unsqueeze(-1), newton_step(dx, dy, dxx, dxy, dyy), 0.0)
         return (torch.stack([x, y], dim=-1) + step) * self.stride, score
 
@@ -78,14 +79,17 @@ def check_kernel(kernel: int) -> None:
 class LogNeighbours:
     """Logarithm of smoothed maps around the maxima x, y [B, K] of the maps themselves: ``n(dx, dy)`` is [B, K].
 
-    The smoothed map is scaled to the maximum of the map, `peak` [B, K], and clamped to [low, high].
+    The smoothed map is scaled to the maximum of the map, `peak` [B, K], and clamped to [low, high]. `meaningful`, bool
+    [B, K], is false where the map or the smoothed map has nothing above 0.
     """
 
     def __init__(
         self, heatmaps: Tensor, peak: Tensor, x: Tensor, y: Tensor, kernel: int, low: float, high: float
     ) -> None:
         smooth = blur(torch.nan_to_num(heatmaps, nan=0.0), heatmaps.new_tensor(opencv_taps(kernel)))
-        self.scale = peak / smooth.amax((2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+        smooth_peak = smooth.amax((2, 3))
+        self.meaningful = (peak > 0) & (smooth_peak > 0)
+        self.scale = torch.where(self.meaningful, peak / smooth_peak, 1.0)
         self.near = Neighbours(smooth, x, y)
         self.low, self.high = low, high
 

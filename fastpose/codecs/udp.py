@@ -24,7 +24,8 @@ class UDPHeatmapCodec(GaussianCodec):
 
     `decode` equals `UDPHeatmap` of mmpose with ``heatmap_type="gaussian"`` in the image. In the crop, mmpose gives
     ``k w / (W - 1)``, which is not where its `encode` has cell k, and makes up for it on the way to the image. Where
-    no value is above 0 mmpose refines cell (-1, -1). The variant with offset maps (``"combined"``) is not here.
+    no value is above 0 mmpose refines cell (-1, -1), and where no smoothed value is, it turns the map upside down;
+    here there is no step. The variant with offset maps (``"combined"``) is not here.
 
     Attributes:
         kernel: taps of the smoothing, odd; by custom 11 for a sigma of 2 and 17 for 3.
@@ -64,5 +65,5 @@ class UDPHeatmapCodec(GaussianCodec):
         dxx = at(1, 0) - 2 * here + at(-1, 0) + tiny
         dyy = at(0, 1) - 2 * here + at(0, -1) + tiny
         dxy = 0.5 * (at(1, 1) + at(-1, -1) + 2 * here - at(1, 0) - at(0, 1) - at(-1, 0) - at(0, -1))
-        step = torch.where((score > 0).unsqueeze(-1), newton_step(dx, dy, dxx, dxy, dyy), 0.0)
+        step = torch.where(at.meaningful.unsqueeze(-1), newton_step(dx, dy, dxx, dxy, dyy), 0.0)
         return (torch.stack([x, y], dim=-1) + step) * step.new_tensor(self.pixels_per_cell(height, width)), score
