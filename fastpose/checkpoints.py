@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastpose.codecs import SoftmaxHeatmapCodec
+from fastpose.codecs import MSRAHeatmapCodec, TopDownCodec
 from fastpose.config import from_dict
 from fastpose.files import write_atomically
+from fastpose.skeletons import SKELETONS
 
 # model name -> file in fastpose/weights
 DEFAULT_WEIGHTS = {"mobileposenet": "mobileposenet_lspet.safetensors"}
@@ -35,6 +37,7 @@ class WeightsInfo:
         codec: how its outputs become keypoints.
         flip_test: whether averaging with the mirrored crop is recommended.
         options: fields of the network's config that differ from its default.
+        antialias: whether crops that shrink the image are smoothed first (see `geometry.warp_crop`).
     """
 
     model: str
@@ -42,9 +45,10 @@ class WeightsInfo:
     skeleton: str
     input_size: tuple[int, int]
     padding: float
-    codec: SoftmaxHeatmapCodec
+    codec: TopDownCodec
     flip_test: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    antialias: bool = True
 
 
 def resolve_weights(weights: str | Path, model: str) -> Path:
@@ -78,6 +82,45 @@ def read_info(path: str | Path) -> WeightsInfo:
         return from_dict(WeightsInfo, json.loads(metadata["fastpose"]), "")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged fastpose metadata: {error}") from None
+
+
+# what published weights with so many keypoints were trained on; fewer than certain for other numbers
+USUAL_SKELETONS = {17: "coco17", 16: "mpii16"}
+
+
+def describe_weights(path: str | Path, name: str = "auto", skeleton: str | None = None) -> WeightsInfo:
+    """The metadata of a fastpose file; for checkpoints of others what is customary among them.
+
+    That is the paper's input size, `padding` 1.25, `MSRAHeatmapCodec`, the flip test, crops without antialiasing, and
+    the keypoints of COCO for 17 and of MPII for 16 of them. Weights trained with DARK, UDP or at another input size
+    look the same in the file: correct the result for them.
+
+    Args:
+        name: the network, or ``"auto"``.
+        skeleton: name of the keypoints for a checkpoint of others.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, no or more than one network fits, or the keypoints cannot be told by their
+            number and `skeleton` is not given.
+    """
+    from fastpose.models._registry import model_entry
+
+    state, layout = read_state(path)
+    if layout == "fastpose":
+        return read_info(path)
+    name, k, options = find_architecture(path, name)
+    if skeleton is None:
+        if k not in USUAL_SKELETONS:
+            known = [s.name for s in SKELETONS.values() if s.num_keypoints == k]
+            these = f" (there is {' and '.join(known)})" if known else " (none of the built-in ones)"
+            raise ValueError(
+                f"{layout} weights {path} have {k} keypoints, but do not say which: choose with skeleton=...{these}"
+            )
+        skeleton = USUAL_SKELETONS[k]
+    codec = MSRAHeatmapCodec(edges="hrnet" if layout == "original" else "mmpose")
+    size = model_entry(name).input_size
+    return WeightsInfo(name, k, skeleton, size, 1.25, codec, options=options, antialias=False)
 
 
 def save_weights(
@@ -223,8 +266,9 @@ def _differences(own: dict[str, Tensor], loaded: dict[str, Tensor]) -> list[str]
     return problems
 
 
+@functools.cache
 def _shapes(name: str, num_keypoints: int) -> dict[str, Tensor]:
-    """State dict of a network without its numbers."""
+    """State dict of a network without its numbers. Not to be changed: it is kept."""
     from fastpose.models._registry import model_entry
 
     with torch.device("meta"):
@@ -236,8 +280,11 @@ def infer_num_keypoints(state: dict[str, Tensor], name: str) -> int | None:
     from fastpose.models._registry import model_entry
 
     k = model_entry(name).num_keypoints
-    one, two = _shapes(name, k), _shapes(name, k + 1)
+    one = _shapes(name, k)
     renamed = _rename(state, one)
+    if any(key not in one for key in renamed):
+        return None
+    two = _shapes(name, k + 1)
     for key in one:
         if key in renamed and renamed[key].dim() == one[key].dim():
             for a, b, got in zip(one[key].shape, two[key].shape, renamed[key].shape, strict=True):

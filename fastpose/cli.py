@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("predict", help="find people's keypoints in images")
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="image file, folder or glob pattern")
     p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
-    p.add_argument("--weights", default="default", help="'default' or a .safetensors file (default: %(default)s)")
+    p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
+    p.add_argument("--skeleton", help="the keypoints, for weights of others that do not tell, e.g. lsp14")
     p.add_argument("--boxes", metavar="FILE", help="JSON with person boxes by file name; instead of a detector")
     p.add_argument(
         "--detector",
@@ -150,6 +151,7 @@ def _predict(options: argparse.Namespace) -> int:
         device=options.device,
         batch_size=options.batch_size,
         flip_test=False if options.no_flip_test else None,
+        skeleton=options.skeleton,
     )
     if estimator.notice and paths and not options.quiet:
         print(f"fastpose: {estimator.notice}", file=sys.stderr)

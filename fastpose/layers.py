@@ -108,6 +108,28 @@ class SpatialAttention(nn.Module):
         return torch.sigmoid(self.conv(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)))
 
 
+class CBAM(nn.Module):
+    """Convolutional block attention (S. Woo et al., ECCV 2018), [B, C, H, W] -> the same shape.
+
+    First the channel gate, ``sigmoid(mlp(mean(x)) + mlp(max(x)))`` with one MLP (no bias) for both, then
+    `SpatialAttention`.
+    """
+
+    def __init__(self, channels: int, ratio: int = 16) -> None:
+        super().__init__()
+        if not 1 <= ratio <= channels:
+            raise ValueError(f"CBAM: ratio must be between 1 and {channels}, the number of channels, got {ratio}")
+        self.reduce = nn.Conv2d(channels, channels // ratio, 1, bias=False)
+        self.expand = nn.Conv2d(channels // ratio, channels, 1, bias=False)
+        self.spatial = SpatialAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # mean and maximum side by side, so that the MLP runs once
+        pooled = torch.cat([x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)], 3)
+        x = x * torch.sigmoid(self.expand(F.relu(self.reduce(pooled))).sum(3, keepdim=True))
+        return x * self.spatial(x)
+
+
 class SqueezeExcite(nn.Module):
     """Channel gate of squeeze-and-excitation: ``hardsigmoid(W2 relu(W1 mean(x) + b1) + b2)``, [B, C, 1, 1].
 

@@ -6,6 +6,7 @@ pixels -> rescoring -> one OKS-NMS call for all images -> `Poses`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpose.checkpoints import WeightsInfo, read_info, resolve_weights
+from fastpose.checkpoints import WeightsInfo, describe_weights, resolve_weights
+from fastpose.codecs import HeatmapCodec, TopDownCodec, get_codec
 from fastpose.detect import Detector, make_detector, whole_image
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
 from fastpose.images import Array, to_rgb
@@ -34,9 +36,11 @@ class PoseEstimator:
     """Find people's keypoints in images.
 
     Args:
-        model: network name, see `fastpose.list_models`.
-        weights: ``"default"`` (shipped with the package) or the path of a fastpose ``.safetensors`` file. Input size,
-            crop rule, decoder and skeleton come from its metadata.
+        model: network name, see `fastpose.list_models`, or ``"auto"`` to find it by the weights.
+        weights: ``"default"`` (shipped with the package) or the path of a file of any format that
+            `fastpose.load_checkpoint` accepts. Input size, crop rule, decoder and skeleton come from the metadata of a
+            fastpose file; for others' they are what is customary, see `checkpoints.describe_weights`, and can be
+            corrected by the arguments from `skeleton` on.
         detector: where boxes come from when none are given: ``"auto"`` (OpenCV's HOG people detector, or the whole
             image where its keypoints score higher than those of HOG's people), ``"hog"``, ``"none"`` (the whole image)
             or a callable ``image -> boxes [P, 4] xyxy`` or ``-> (boxes, scores)``.
@@ -47,9 +51,14 @@ class PoseEstimator:
             nms_threshold: see `fastpose.ops.oks_nms`. Given boxes are never suppressed.
         keypoint_threshold: keypoints that score less count neither for the instance score nor for OKS.
         channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
+        skeleton: the keypoints, a built-in skeleton's name or a `Skeleton`.
+        input_size: (height, width) of the crops.
+        padding: crop side in units of the box's longer side.
+        codec: ``"softmax"``, ``"msra"``, ``"dark"``, ``"udp"`` or an instance from `fastpose.codecs`.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: unknown model or detector, weights missing or unfit.
+        ValueError, FileNotFoundError, ImportError: unknown model or detector, weights missing or unfit, settings that
+            do not fit the network.
     """
 
     def __init__(
@@ -65,6 +74,10 @@ class PoseEstimator:
         nms_threshold: float | None = None,
         keypoint_threshold: float = 0.1,
         channel_order: str = "rgb",
+        skeleton: str | Skeleton | None = None,
+        input_size: tuple[int, int] | None = None,
+        padding: float | None = None,
+        codec: str | TopDownCodec | None = None,
     ) -> None:
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
@@ -72,11 +85,17 @@ class PoseEstimator:
             raise ValueError(f"nms must be 'hard', 'soft', 'parallel' or 'none', got {nms!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model_name = model
         self.device = torch.device("cpu" if device is None else device)
         network = create_model(model, weights=weights)
-        self.info: WeightsInfo = read_info(resolve_weights(weights, model))
-        self.skeleton: Skeleton = get_skeleton(self.info.skeleton)
+        path = resolve_weights(weights, model)
+        name = skeleton.name if isinstance(skeleton, Skeleton) else skeleton
+        info = describe_weights(path, model, name)
+        changes: dict[str, Any] = {"skeleton": name, "padding": padding, "input_size": input_size}
+        changes["codec"] = get_codec(codec) if isinstance(codec, str) else codec
+        self.info: WeightsInfo = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})
+        self.model_name = info.model
+        self.skeleton: Skeleton = skeleton if isinstance(skeleton, Skeleton) else get_skeleton(self.info.skeleton)
+        _check_settings(self.info, self.skeleton, network)
         self.model = channels_last(network.to(self.device))
         self.detector, self.notice = make_detector(detector)
         self.try_whole_image = isinstance(detector, str) and detector == "auto"
@@ -171,12 +190,15 @@ class PoseEstimator:
         k, size = self.skeleton.num_keypoints, self.info.input_size
         keypoints = np.zeros((len(boxes), k, 2), np.float32)
         scores = np.zeros((len(boxes), k), np.float32)
-        matrices = [crop_matrix(box, size, self.info.padding) for box in boxes]
+        convention = self.info.codec.convention
+        flip_indices = self.skeleton.flip_indices if self.flip_test else None
+        matrices = [crop_matrix(box, size, self.info.padding, convention=convention) for box in boxes]
         for start in range(0, len(boxes), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(boxes)))
-            crops = np.stack([warp_crop(images[i], m, size) for i, m in zip(index[part], matrices[part], strict=True)])
+            pairs = zip(index[part], matrices[part], strict=True)
+            crops = np.stack([warp_crop(images[i], m, size, self.info.antialias) for i, m in pairs])
             batch = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
-            points, point_scores = estimate_crops(self.model, batch, self.info, self.flip_test)
+            points, point_scores = estimate_crops(self.model, batch, self.info.codec, flip_indices)
             back = invert_affine(np.stack(matrices[part]))
             keypoints[part] = apply_affine(back, points.cpu().numpy().astype(np.float64))
             scores[part] = point_scores.cpu().numpy()
@@ -212,16 +234,32 @@ class PoseEstimator:
 
 
 @torch.inference_mode()
-def estimate_crops(model: nn.Module, crops: Tensor, info: WeightsInfo, flip_test: bool) -> tuple[Tensor, Tensor]:
-    """Keypoints [B, K, 2] in crop pixels and scores [B, K] from uint8 RGB crops [B, 3, h, w]."""
+def estimate_crops(
+    model: nn.Module, crops: Tensor, codec: HeatmapCodec, flip_indices: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Keypoints [B, K, 2] in crop pixels and scores [B, K] from uint8 RGB crops [B, 3, h, w].
+
+    flip_indices: of the skeleton, for the flip test; None to go without.
+    """
     x = normalize(crops).contiguous(memory_format=torch.channels_last)
-    probabilities = info.codec.probabilities(model(x))
-    if flip_test:
-        order = get_skeleton(info.skeleton).flip_indices
-        mirrored = info.codec.probabilities(model(x.flip(3)))
-        # heatmap cells lie symmetrically in the crop, so mirroring needs no shift
-        probabilities = (probabilities + mirrored.flip(3)[:, order]) / 2
-    return info.codec.decode(probabilities)
+    heatmaps = codec.heatmaps(model(x))
+    if flip_indices is not None:
+        heatmaps = codec.average_flipped(heatmaps, codec.heatmaps(model(x.flip(3))), flip_indices)
+    return codec.decode(heatmaps)
+
+
+def _check_settings(info: WeightsInfo, skeleton: Skeleton, network: nn.Module) -> None:
+    """Raise ValueError for what a user may have chosen and the network cannot do."""
+    if skeleton.num_keypoints != info.num_keypoints:
+        raise ValueError(
+            f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the weights have {info.num_keypoints}"
+        )
+    if not info.padding > 0:
+        raise ValueError(f"padding must be positive, got {info.padding}")
+    multiple = int(getattr(network, "input_multiple", 1))
+    sides = tuple(info.input_size)
+    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 and n % multiple == 0 for n in sides):
+        raise ValueError(f"input_size must be (height, width), positive multiples of {multiple}, got {sides}")
 
 
 def check_boxes(boxes: Any, height: int, width: int, what: str = "boxes") -> Array:

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastpose.checkpoints import WeightsInfo, save_weights
-from fastpose.codecs import SoftmaxHeatmapCodec
+from fastpose.codecs import SoftmaxHeatmapCodec, TopDownCodec
 from fastpose.data import PoseData, load_lspet
 from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches
 from fastpose.files import write_atomically
@@ -69,7 +69,8 @@ class TrainConfig:
             `decay_start` of them, then half a cosine to 0.
         weight_decay: on tensors with more than one dimension. clip: bound on the gradient's norm.
         ema: decay of the weights' moving average, which is what is validated and saved.
-        padding: crop side in units of the box's longer side. codec: target and decoder.
+        padding: crop side in units of the box's longer side. codec: target, loss and decoder; ``codec.type`` is
+            ``"softmax"``, ``"msra"``, ``"dark"`` or ``"udp"``, see `fastpose.codecs`.
         validate_every: epochs between validations; limit: use only the first people of each split (0: all).
         init: weights file to start from instead of random numbers.
     """
@@ -88,7 +89,7 @@ class TrainConfig:
     clip: float = 10.0
     ema: float = 0.998
     padding: float = 1.10
-    codec: SoftmaxHeatmapCodec = field(default_factory=SoftmaxHeatmapCodec)
+    codec: TopDownCodec = field(default_factory=SoftmaxHeatmapCodec)
     augment: Augmentation = field(default_factory=Augmentation)
     validate_every: float = 2.0
     workers: int = 1
@@ -250,12 +251,13 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
         if step >= stage_end:
             continue
         # the stage's first step enters the seed: otherwise each stage would repeat the augmentation of the one before
-        dataset = CropDataset(store, stage.size, config.augment, seed=config.seed * 1000003 + stage_start)
+        seed = config.seed * 1000003 + stage_start
+        dataset = CropDataset(store, stage.size, config.augment, seed, config.codec.convention)
         batches = ResumableBatches(
             len(store.people),
             stage.batch_size,
             stage_steps,
-            config.seed * 1000003 + stage_start,
+            seed,
             first_step=step - stage_start,
             rank=rank,
             world=world,
@@ -339,12 +341,13 @@ def validate(
     model.load_state_dict(state)
     channels_last(model.eval())
     store = CropStore(data, info.padding, side=max(info.input_size))
-    dataset = CropDataset(store, info.input_size)
+    dataset = CropDataset(store, info.input_size, convention=info.codec.convention)
+    flip_indices = data.skeleton.flip_indices if flip else None
     predicted = []
     for start in range(0, len(data), 32):
         samples = [dataset[i] for i in range(start, min(start + 32, len(data)))]
         crops = torch.stack([s[0] for s in samples])
-        predicted.append(estimate_crops(model, crops, info, flip)[0].numpy())
+        predicted.append(estimate_crops(model, crops, info.codec, flip_indices)[0].numpy())
     # compared in crop pixels: the map from image to crop keeps ratios of lengths
     truth = np.stack([np.asarray(dataset[i][1]) for i in range(len(data))])
     return pck(np.concatenate(predicted), truth, data.labelled, torso_lengths(truth, data.labelled, data.skeleton))

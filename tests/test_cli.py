@@ -99,7 +99,7 @@ def test_wrong_boxes_files(folder, content, message):
 def test_wrong_arguments(folder):
     cases = {
         ("predict", "in", "--model", "mobileposnet"): "unknown model 'mobileposnet'; did you mean mobileposenet",
-        ("predict", "in", "--weights", "none.safetensors"): "no such file (expected 'default' or a .safetensors path)",
+        ("predict", "in", "--weights", "none.safetensors"): "no such file (expected 'default' or a path)",
         ("predict", "in", "--boxes", "none.json"): "boxes none.json: no such file",
         ("predict", "nothing"): "nothing: no such file or folder",
         ("train", "lr=1"): "missing setting 'data'",

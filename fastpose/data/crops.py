@@ -94,16 +94,23 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     A keypoint is valid if it is labelled and inside the crop. Every sample is drawn with its own random generator,
     seeded by (`seed`, index); an index encodes epoch and person (`epoch * len(store) + person`), so that a sample
-    depends neither on the number of workers nor on where training was resumed.
+    depends neither on the number of workers nor on where training was resumed. `convention`: of the crops, see
+    `fastpose.geometry.crop_matrix`.
     """
 
     def __init__(
-        self, store: CropStore, size: tuple[int, int], augmentation: Augmentation | None = None, seed: int = 0
+        self,
+        store: CropStore,
+        size: tuple[int, int],
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        convention: str = "fastpose",
     ) -> None:
         self.store = store
         self.size = size
         self.augmentation = augmentation
         self.seed = seed
+        self.convention = convention
 
     def __len__(self) -> int:
         return len(self.store.people)
@@ -115,7 +122,7 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         height, width = self.size
         a = self.augmentation
         if a is None:
-            matrix = crop_matrix(person.box, self.size, self.store.padding)
+            matrix = crop_matrix(person.box, self.size, self.store.padding, convention=self.convention)
             crop = warp_crop(person.image, matrix, self.size)
             mirror = False
         else:
@@ -135,6 +142,7 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 scale=float(np.exp(rng.uniform(-a.log_scale, a.log_scale))),
                 shift=(rng.uniform(-a.shift, a.shift), rng.uniform(-a.shift, a.shift)),
                 mirror=mirror,
+                convention=self.convention,
             )
             crop = _change_colours(warp_crop(person.image, matrix, self.size), a, rng)
         points = apply_affine(matrix, person.keypoints)
