@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastpose.codecs import MSRAHeatmapCodec, TopDownCodec
 from fastpose.config import from_dict
 from fastpose.files import write_atomically
-from fastpose.skeletons import SKELETONS
+from fastpose.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_dict
 
 # model name -> file in fastpose/weights
 DEFAULT_WEIGHTS = {"mobileposenet": "mobileposenet_lspet.safetensors"}
@@ -31,12 +31,13 @@ class WeightsInfo:
     """What travels with the weights.
 
     Attributes:
-        model: registry name; num_keypoints: K; skeleton: name of a built-in skeleton.
+        model: registry name; num_keypoints: K; skeleton: its name.
         input_size: (height, width) of the crops the network was trained on and works best at.
         padding: crop side in units of the box's longer side (see `geometry.crop_matrix`).
         codec: how its outputs become keypoints.
         flip_test: whether averaging with the mirrored crop is recommended.
         options: fields of the network's config that differ from its default.
+        skeleton_definition: for a skeleton that is not built in: what `skeletons.skeleton_to_dict` says about it.
         antialias: whether crops that shrink the image are smoothed first (see `geometry.warp_crop`).
     """
 
@@ -49,6 +50,13 @@ class WeightsInfo:
     flip_test: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     antialias: bool = True
+    skeleton_definition: dict[str, Any] = field(default_factory=dict)
+
+    def get_skeleton(self) -> Skeleton:
+        """The keypoints; raises ValueError if `skeleton` is neither built in nor defined here."""
+        if self.skeleton_definition.get("name") == self.skeleton:
+            return skeleton_from_dict(self.skeleton_definition)
+        return get_skeleton(self.skeleton)
 
 
 def resolve_weights(weights: str | Path, model: str) -> Path:

@@ -31,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastpose.data import METRICS
+    from fastpose.ops.oks_nms import METHODS
+    from fastpose.scoring import EVALUATORS
+
     parser = argparse.ArgumentParser(prog="fastpose", description="Small and fast human pose estimation.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -63,11 +67,30 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
     p.set_defaults(run=_train)
 
-    p = commands.add_parser("evaluate", help="PCK@0.2 of weights on the Leeds Sports Pose Extended validation split")
-    p.add_argument("data", metavar="DIR", help="the unpacked archive: joints.mat and images/")
-    p.add_argument("--model", default="mobileposenet")
-    p.add_argument("--weights", default="default")
+    p = commands.add_parser(
+        "evaluate", help="accuracy of weights on a data set: PCK@0.2, PCKh or AP, as is usual for it"
+    )
+    _add_data_arguments(p, "lspet")
+    p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
+    p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
+    p.add_argument("--predictions", metavar="FILE", help="score this file of results in COCO's format; runs no network")
+    p.add_argument("--metric", choices=METRICS, help="instead of the data set's own")
+    p.add_argument("--boxes", metavar="FILE", help="a detector's boxes in COCO's format (default: the annotated ones)")
+    p.add_argument("--least-score", type=float, default=0.0, help="of a detector's boxes to use (default: %(default)s)")
+    p.add_argument("--nms", choices=(*METHODS, "none"), default="hard", help="OKS-NMS for AP (default: %(default)s)")
+    p.add_argument("--nms-threshold", type=float, help="of the OKS-NMS (default: 0.9 for hard, 0 otherwise)")
+    p.add_argument(
+        "--keypoint-threshold", type=float, default=0.2, help="least keypoint score to count in a pose's (default: 0.2)"
+    )
+    p.add_argument("--evaluator", choices=EVALUATORS, default="fastpose", help="whose code computes AP; same numbers")
     p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass")
+    p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    p.add_argument("--results", metavar="FILE", help="write the poses as COCO's submission format")
+    p.add_argument("--json", metavar="FILE", help="write the numbers as JSON")
+    p.add_argument("--worst", metavar="FILE", help="draw the people whose poses fit worst, e.g. worst.png")
+    p.add_argument("--worst-count", type=int, default=24, help="how many people to draw (default: %(default)s)")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.set_defaults(run=_evaluate)
 
     p = commands.add_parser("validate-data", help="find what is wrong with a data set; exit code 2 if anything is")
@@ -255,16 +278,53 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from fastpose.data import load_lspet
-    from fastpose.evaluate import evaluate_pck
+    from fastpose.data import MISSING, UNREADABLE
+    from fastpose.evaluate import Evaluation, evaluate, to_text, write_json
     from fastpose.pipeline import PoseEstimator
 
-    estimator = PoseEstimator(options.model, options.weights, flip_test=False if options.no_flip_test else None)
-    result = evaluate_pck(estimator, load_lspet(options.data, "val"))
-    for name, value in result.per_keypoint.items():
-        print(f"{name:<16}{value:6.1f}")
-    print(f"{'PCK@0.2':<16}{result.total:6.1f}  ({result.people} people with a measurable torso)")
-    return 0
+    more: dict[str, Any] = {"metric": options.metric}
+    if options.boxes:
+        more |= {"detections": options.boxes, "least_score": options.least_score}
+    if options.predictions:
+        result = Evaluation.of_results(
+            _load_data(options, keep_missing=True, **more), options.predictions, options.evaluator
+        )
+    else:
+        flip_test = False if options.no_flip_test else None
+        estimator = PoseEstimator(
+            options.model,
+            options.weights,
+            detector="none",
+            device=options.device,
+            batch_size=options.batch_size,
+            flip_test=flip_test,
+        )
+        result = evaluate(
+            estimator,
+            _load_data(options, **more),
+            nms=options.nms,
+            nms_threshold=options.nms_threshold,
+            keypoint_threshold=options.keypoint_threshold,
+            evaluator=options.evaluator,
+            quiet=options.quiet,
+        )
+    print(to_text(result.score))
+    if options.results:
+        result.write_results(options.results)
+    if options.json:
+        # what the numbers depend on
+        names = [
+            *("dataset", "data", "split", "limit", "model", "weights", "predictions", "boxes", "least_score"),
+            *("nms", "nms_threshold", "keypoint_threshold", "no_flip_test", "evaluator"),
+        ]
+        settings = {name: getattr(options, name) for name in names}
+        write_json(options.json, {**result.to_dict(), "settings": settings})
+    if options.worst:
+        result.write_worst(options.worst, options.worst_count)
+    if result.report.wrong:
+        print(f"fastpose: in the data:\n{result.report.to_text(wrong_only=True)}", file=sys.stderr)
+    lost = any(kind in result.report.findings for kind in (MISSING, UNREADABLE)) and not options.predictions
+    return BAD_INPUT if lost else 0
 
 
 def _validate_data(options: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from fastpose.models import create_model
 from fastpose.ops import oks_nms, rescore
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize
-from fastpose.skeletons import Skeleton, get_skeleton
+from fastpose.skeletons import Skeleton
 
 
 class BoxError(ValueError):
@@ -94,7 +94,7 @@ class PoseEstimator:
         changes["codec"] = get_codec(codec) if isinstance(codec, str) else codec
         self.info: WeightsInfo = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})
         self.model_name = info.model
-        self.skeleton: Skeleton = skeleton if isinstance(skeleton, Skeleton) else get_skeleton(self.info.skeleton)
+        self.skeleton: Skeleton = skeleton if isinstance(skeleton, Skeleton) else self.info.get_skeleton()
         _check_settings(self.info, self.skeleton, network)
         self.model = channels_last(network.to(self.device))
         self.detector, self.notice = make_detector(detector)

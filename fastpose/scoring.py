@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from fastpose.average_precision import (
-    KeypointResults,
     average_precision,
     average_precision_pycocotools,
     best_matches,
@@ -37,7 +36,7 @@ class Score:
         people: how many people were measured.
         quality: float64, per person from 0 to 1, NaN where not measured: for AP the best OKS of the people of
             `AnnotatedImages`; otherwise, of the people of `PoseData`, the mean of 1 / (1 + d / limit) over keypoints.
-        match: int64, for AP the result that fits each person best (-1: none), the person's own otherwise.
+        matched: float64 [P, K, 2] pixels, the pose that each of them was compared with, NaN if there was none.
         results: the result entries in COCO's format that AP was computed from.
     """
 
@@ -47,7 +46,7 @@ class Score:
     per_keypoint: dict[str, float]
     people: int
     quality: Array
-    match: Array
+    matched: Array
     results: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
@@ -123,7 +122,9 @@ def score_results(
     result = measure(truth, results, skeleton.sigmas)
     oks, match = best_matches(truth, results, skeleton.sigmas)
     counted = ~truth.ignored
-    similar = _similarities(annotated, results, match, skeleton.sigmas)
+    matched = np.full(truth.keypoints.shape, np.nan)
+    matched[match >= 0] = results.keypoints[match[match >= 0]]
+    similar = _similarities(annotated, matched, skeleton.sigmas)
     seen = truth.visible & counted[:, None]
     return Score(
         "AP",
@@ -132,19 +133,17 @@ def score_results(
         _by_name(skeleton, np.where(seen, similar, 0).sum(0), seen.sum(0)),
         int(counted.sum()),
         np.where(counted, oks, np.nan),
-        match,
+        matched,
         entries,
     )
 
 
-def _similarities(annotated: AnnotatedImages, results: KeypointResults, match: Array, sigmas: Sequence[float]) -> Array:
-    """Of every keypoint to that of the matched result, [M, K]; 0 without a match."""
+def _similarities(annotated: AnnotatedImages, matched: Array, sigmas: Sequence[float]) -> Array:
+    """Of every keypoint to that of the matched pose [M, K, 2], as in OKS: [M, K]; 0 without a match."""
     truth = annotated.people
-    if len(results) == 0:
-        return np.zeros(truth.visible.shape)
-    squared = ((results.keypoints[match] - truth.keypoints) ** 2).sum(-1)
+    squared = ((matched - truth.keypoints) ** 2).sum(-1)
     e = squared / (2 * (2 * np.asarray(sigmas)) ** 2 * (truth.areas + np.spacing(1))[:, None])
-    return np.asarray(np.exp(-e) * (match >= 0)[:, None])
+    return np.nan_to_num(np.exp(-e), nan=0.0)
 
 
 def _by_name(skeleton: Skeleton, total: Array, count: Array) -> dict[str, float]:
@@ -183,5 +182,5 @@ def _score_by_distance(data: PoseData, keypoints: Array) -> Score:
         dict(zip(names, (float(v) for v in per_keypoint), strict=True)),
         int(measured.sum()),
         quality,
-        np.arange(len(data)),
+        keypoints.astype(np.float64),
     )

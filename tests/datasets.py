@@ -102,7 +102,7 @@ def write_mpii(folder: Path, count: int = 6, split: str = "valid") -> tuple[np.n
     entries = [
         {
             "image": f"{i:05d}.png",
-            "center": [60.0, 45.0],
+            "center": [60.0 + i, 45.0],
             "scale": 0.4,
             "joints": np.where(labelled[i][:, None], joints[i], -1).tolist(),
             "joints_vis": labelled[i].astype(int).tolist(),

@@ -241,7 +241,7 @@ def test_mpii_in_hrnets_format(tmp_path):
     assert np.allclose(data.keypoints, joints - 1) and (data.labelled == labelled).all()
     assert np.allclose(data.head_sizes, 0.6 * np.hypot(*(heads[:, 2:] - heads[:, :2]).T))
     # centre (60, 45 + 15 * 0.4) counted from 1, side 200 * 0.4
-    assert np.allclose(data.boxes, [[19, 10, 99, 90]] * 6)
+    assert np.allclose(data.boxes, [[19 + i, 10, 99 + i, 90] for i in range(6)])
     entries = json.loads((tmp_path / "annot" / "valid.json").read_text())
     entries += [{"image": "00000.png"}, {**entries[0], "scale": -1}, {**entries[0], "joints": [[1, 2]]}, 3]
     entries.append({**entries[1], "image": "gone.png"})

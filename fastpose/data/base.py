@@ -89,9 +89,16 @@ class AnnotatedImages:
 
     def take(self, chosen: Array) -> AnnotatedImages:
         """The images where the bool [I] `chosen` is true."""
+        if chosen.all():
+            return self
         at = np.flatnonzero(chosen)
         ids, files = tuple(self.ids[i] for i in at), tuple(self.files[i] for i in at)
         return AnnotatedImages(ids, files, self.sizes[at], self.people.of_images(chosen))
+
+    def read(self, i: int) -> Array:
+        """Image `i`: uint8 RGB [H, W, 3], turned as the annotations want it; raises `ImageError`."""
+        height, width = self.sizes[i]
+        return read_annotated(self.files[i], (int(height), int(width)))
 
 
 @dataclass(frozen=True)
@@ -178,11 +185,9 @@ class PoseData:
 
     def read(self, i: int) -> Array:
         """The image of person `i`: uint8 RGB [H, W, 3], turned as the annotations want it; raises `ImageError`."""
-        size = None
         if self.annotated is not None and self.image_index is not None:
-            height, width = self.annotated.sizes[self.image_index[i]]
-            size = (int(height), int(width))
-        return read_annotated(self.images[i], size)
+            return self.annotated.read(int(self.image_index[i]))
+        return read_image(self.images[i])
 
 
 def read_annotated(path: str | Path, size: tuple[int, int] | None) -> Array:

@@ -455,7 +455,8 @@ def to_results(
     Args:
         image_index: [N] positions in `annotated`; keypoints: [N, K, 2] pixels; keypoint_scores: [N, K]; scores: [N].
     """
-    flat = np.concatenate([keypoints, keypoint_scores[..., None]], axis=2).reshape(len(scores), -1).astype(np.float64)
+    triples = np.concatenate([keypoints, keypoint_scores[..., None]], axis=2).astype(np.float64)
+    flat = triples.reshape(len(scores), 3 * keypoints.shape[1])
     return [
         {
             "image_id": annotated.ids[int(i)],
