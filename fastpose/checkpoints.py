@@ -171,11 +171,41 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> str:
         kind = type(model).__name__
         raise ValueError(f"{layout} weights {path} do not fit this {kind}: {'; '.join(problems[:5])}{more}{hint}")
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in renamed.items()}, strict=False)
+    _switch_legacy(model, layout)
+    return layout
+
+
+def load_pretrained(model: nn.Module, name: str, num_keypoints: int, path: str | Path) -> list[str]:
+    """As `load_checkpoint`, but the checkpoint may be of other keypoints: what depends on their number is left out.
+
+    Args:
+        model: the network `name` with `num_keypoints` keypoints and otherwise its default config.
+
+    Returns:
+        Names of the tensors that were left as they are, none if the number of keypoints is the same.
+    """
+    state, layout = read_state(path)
+    own = model.state_dict()
+    renamed = _rename(state, own)
+    one, two = _shapes(name, num_keypoints), _shapes(name, num_keypoints + 1)
+    left = [k for k in own if one[k].shape != two[k].shape and k in renamed and renamed[k].shape != own[k].shape]
+    if not left:
+        load_checkpoint(model, path)
+        return []
+    problems = _differences(own, {**renamed, **{k: own[k] for k in left}})
+    if problems:
+        raise ValueError(f"{layout} weights {path} do not fit {name!r}: {'; '.join(problems[:5])}{_closest(state)}")
+    kept = {k: v.to(own[k].dtype) for k, v in renamed.items() if k not in left}
+    model.load_state_dict(kept, strict=False)
+    _switch_legacy(model, layout)
+    return left
+
+
+def _switch_legacy(model: nn.Module, layout: str) -> None:
     if layout != "fastpose":
         for module in model.modules():
             if hasattr(module, "legacy_fuse"):
                 module.legacy_fuse = True  # type: ignore[assignment]
-    return layout
 
 
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], str]:

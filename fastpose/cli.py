@@ -265,6 +265,7 @@ def _train(options: argparse.Namespace) -> int:
     from importlib import resources
 
     from fastpose.config import read_config
+    from fastpose.data import usual_metric
     from fastpose.train import TrainConfig, train
 
     config_path = options.config
@@ -272,8 +273,10 @@ def _train(options: argparse.Namespace) -> int:
         shipped = resources.files("fastpose.recipes").joinpath(f"{config_path}.toml")
         if shipped.is_file():
             config_path = str(shipped)
-    best = train(read_config(TrainConfig, config_path, options.settings), options.resume, options.quiet)
-    print(f"best validation PCK@0.2: {best:.1f}")
+    config = read_config(TrainConfig, config_path, options.settings)
+    best = train(config, options.resume, options.quiet)
+    print(f"best validation {config.metric or usual_metric(config.dataset)}: {best:.1f}")
+    print(f"weights: {Path(config.output) / 'best.safetensors'}")
     return 0
 
 

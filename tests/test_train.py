@@ -34,11 +34,11 @@ def lspet(tmp_path_factory):
         joints[:, :2, i - 1] = rng.uniform(20, 100, (14, 2))
         joints[:, 2, i - 1] = rng.random(14) < 0.9
     scipy_io.savemat(root / "joints.mat", {"joints": joints})
-    blank = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    blank, tiny = (cv2.imencode(".jpg", np.zeros((n, n, 3), np.uint8))[1].tobytes() for n in (120, 8))
     for i in range(1, 10001):
         path = root / "images" / f"im{i:05d}.jpg"
         if i > 120:
-            path.write_bytes(blank)
+            path.write_bytes(blank if i <= 600 else tiny)
             continue
         image = np.zeros((120, 120, 3), np.uint8)
         for (x, y, _), colour in zip(joints[:, :, i - 1], colours, strict=True):

@@ -17,6 +17,11 @@ DATASETS = ("coco", "crowdpose", "custom", "lsp", "lspet", "mpii")
 IN_COCO_FORMAT = ("coco", "crowdpose", "custom")
 
 
+def usual_metric(name: str) -> str:
+    """How the data set `name` is scored, one of `METRICS`."""
+    return {"lsp": "PCK@0.2", "lspet": "PCK@0.2", "mpii": "PCKh@0.5"}.get(name, "AP")
+
+
 def load_dataset(
     name: str,
     root: str | Path,
