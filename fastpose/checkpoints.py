@@ -92,6 +92,15 @@ def read_info(path: str | Path) -> WeightsInfo:
         raise ValueError(f"{path}: damaged fastpose metadata: {error}") from None
 
 
+def is_fastpose(path: str | Path) -> bool:
+    """Whether `path` is a weights file with readable fastpose metadata."""
+    try:
+        read_info(path)
+    except ValueError:
+        return False
+    return True
+
+
 # what published weights with so many keypoints were trained on; fewer than certain for other numbers
 USUAL_SKELETONS = {17: "coco17", 16: "mpii16"}
 

@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_arguments(p, "lspet")
     p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
     p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
+    p.add_argument("--codec", help="softmax, msra, dark or udp, for weights of others that do not tell")
+    p.add_argument("--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the crops, likewise")
+    p.add_argument("--padding", type=float, help="crop side in units of the box's, likewise")
     p.add_argument("--predictions", metavar="FILE", help="score this file of results in COCO's format; runs no network")
     p.add_argument("--metric", choices=METRICS, help="instead of the data set's own")
     p.add_argument("--boxes", metavar="FILE", help="a detector's boxes in COCO's format (default: the annotated ones)")
@@ -281,6 +284,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from fastpose.checkpoints import is_fastpose, resolve_weights
     from fastpose.data import MISSING, UNREADABLE
     from fastpose.evaluate import Evaluation, evaluate, to_text, write_json
     from fastpose.pipeline import PoseEstimator
@@ -293,18 +297,23 @@ def _evaluate(options: argparse.Namespace) -> int:
             _load_data(options, keep_missing=True, **more), options.predictions, options.evaluator
         )
     else:
-        flip_test = False if options.no_flip_test else None
+        data = _load_data(options, **more)
+        others = not is_fastpose(resolve_weights(options.weights, options.model))
         estimator = PoseEstimator(
             options.model,
             options.weights,
             detector="none",
             device=options.device,
             batch_size=options.batch_size,
-            flip_test=flip_test,
+            flip_test=False if options.no_flip_test else None,
+            skeleton=data.skeleton if others else None,  # others' files do not say
+            input_size=tuple(options.input_size) if options.input_size else None,
+            padding=options.padding,
+            codec=options.codec,
         )
         result = evaluate(
             estimator,
-            _load_data(options, **more),
+            data,
             nms=options.nms,
             nms_threshold=options.nms_threshold,
             keypoint_threshold=options.keypoint_threshold,
@@ -318,7 +327,16 @@ def _evaluate(options: argparse.Namespace) -> int:
         # what the numbers depend on
         names = [
             *("dataset", "data", "split", "limit", "model", "weights", "predictions", "boxes", "least_score"),
-            *("nms", "nms_threshold", "keypoint_threshold", "no_flip_test", "evaluator"),
+            *(
+                "codec",
+                "input_size",
+                "padding",
+                "nms",
+                "nms_threshold",
+                "keypoint_threshold",
+                "no_flip_test",
+                "evaluator",
+            ),
         ]
         settings = {name: getattr(options, name) for name in names}
         write_json(options.json, {**result.to_dict(), "settings": settings})

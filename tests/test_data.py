@@ -169,6 +169,7 @@ def test_wrong_arguments(tmp_path):
         (("mpii", tmp_path, "val"), {"detections": []}, "detections are for data in COCO's format"),
         (("coco", tmp_path, "val"), {"skeleton": "coco17"}, "can be given for dataset 'custom' only"),
         (("coco", tmp_path, "val"), {"metric": "mAP"}, "metric must be one of"),
+        (("coco", tmp_path, "val"), {"metric": "PCK@0.2", "detections": []}, "can be scored by AP only, got 'PCK@0.2'"),
         (("lsp", tmp_path, "val"), {"images": tmp_path}, "has fixed places"),
         (("mpii", tmp_path, "test"), {}, "MPII split must be one of train, valid, trainval, got 'test'"),
         (("lsp", tmp_path, "x"), {}, "LSP split must be 'train' or 'test'"),

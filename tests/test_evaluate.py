@@ -206,3 +206,31 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "elsewhere" / "003.png").unlink()
     assert main([*common, *weights, "--images", str(tmp_path / "elsewhere"), "--limit", "4"]) == 2
     assert "image file missing: 1" in capsys.readouterr().err
+
+
+def test_weights_of_others(tmp_path, capsys):
+    """A checkpoint with 14 keypoints does not say which they are; the data set does."""
+    import torch
+
+    from fastpose.cli import main
+    from tests.test_models import build
+
+    pytest.importorskip("scipy")
+    datasets.write_crowdpose(tmp_path / "data")
+    torch.save(build("hrnet_w32", num_keypoints=14).state_dict(), tmp_path / "w.pth")
+    arguments = [
+        "evaluate",
+        str(tmp_path / "data"),
+        "--dataset",
+        "crowdpose",
+        "--quiet",
+        "--no-flip-test",
+        "--limit",
+        "3",
+    ]
+    arguments += ["--model", "hrnet_w32", "--weights", str(tmp_path / "w.pth"), "--input-size", "64", "64"]
+    assert main([*arguments, "--codec", "dark", "--json", str(tmp_path / "n.json")]) == 0
+    assert "AP (hard)" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "n.json").read_text())["settings"]
+    assert settings["codec"] == "dark" and settings["input_size"] == [64, 64]
+    assert main([*arguments, "--codec", "best"]) == 2 and "best" in capsys.readouterr().err

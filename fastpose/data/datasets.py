@@ -62,6 +62,8 @@ def load_dataset(
         raise ValueError(f"dataset {name!r} has fixed places; annotations and images cannot be given")
     if metric is not None and metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if detections is not None and metric not in (None, "AP"):
+        raise ValueError(f"a detector's boxes can be scored by AP only, got {metric!r}")
     options: dict[str, Any] = {"annotations": annotations, "images": images}
     in_coco_format = {**options, "detections": detections, "least_score": least_score, "keep_missing": keep_missing}
     if name == "coco":
