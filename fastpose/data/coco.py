@@ -58,11 +58,25 @@ def skeleton_of_annotations(content: dict[str, Any], name: str = "custom", categ
         ValueError: no category has keypoint names.
     """
     for entry in _category_list(content):
-        if entry.get("keypoints") and category in (None, entry.get("id")):
-            k = len(entry["keypoints"])
-            links = [(a - 1, b - 1) for a, b in entry.get("skeleton") or [] if 1 <= a <= k and 1 <= b <= k and a != b]
-            return skeleton_from_dict({"name": name, "names": entry["keypoints"], "links": links})
+        names = _keypoint_names(entry)
+        if names and category in (None, entry.get("id")):
+            pairs = entry.get("skeleton")
+            links = [
+                (pair[0] - 1, pair[1] - 1)
+                for pair in (pairs if isinstance(pairs, list) else [])
+                # some files have the links of another skeleton
+                if isinstance(pair, list)
+                and len(pair) == 2
+                and all(type(end) is int and 1 <= end <= len(names) for end in pair)
+                and pair[0] != pair[1]
+            ]
+            return skeleton_from_dict({"name": name, "names": names, "links": links})
     raise ValueError("no category has 'keypoints', the names; add them or give a skeleton file")
+
+
+def _keypoint_names(category: dict[str, Any]) -> list[Any]:
+    names = category.get("keypoints")
+    return names if isinstance(names, list) else []
 
 
 def _category_list(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -229,9 +243,13 @@ def _locate(images: dict[int | str, dict[str, Any]], folders: list[Path], report
 def _categories(content: dict[str, Any], skeleton: Skeleton) -> set[Any]:
     """Ids of the categories with as many keypoints as the skeleton; empty: any."""
     categories = _category_list(content)
-    fitting = {c.get("id") for c in categories if len(c.get("keypoints") or []) == skeleton.num_keypoints}
-    if categories and not fitting and any(c.get("keypoints") for c in categories):
-        counts = [len(c["keypoints"]) for c in categories if c.get("keypoints")]
+    counts = [len(_keypoint_names(c)) for c in categories]
+    fitting = {
+        c["id"]
+        for c, count in zip(categories, counts, strict=True)
+        if count == skeleton.num_keypoints and _is_id(c.get("id"))
+    }
+    if not fitting and any(counts):
         raise ValueError(
             f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the annotations' categories {counts}"
         )
@@ -253,7 +271,8 @@ def _people(
             report.add("annotation is not an object", f"annotations[{i}]")
             continue
         name = f"annotation {entry['id']}" if "id" in entry else f"annotations[{i}]"
-        if categories and entry.get("category_id", next(iter(categories))) not in categories:
+        category = entry.get("category_id", next(iter(categories), None))
+        if categories and not (_is_id(category) and category in categories):
             report.add("annotation of another category", name, wrong=False)
             continue
         if _is_id(entry.get("id")):

@@ -94,8 +94,9 @@ def _from_json(path: Path, report: Report) -> Iterator[Row]:
             labelled = np.array(entry["joints_vis"], np.float64) > 0
             centre, scale = np.array(entry["center"], np.float64), entry["scale"]
             right = joints.shape == (16, 2) and labelled.shape == (16,) and centre.shape == (2,)
-            right = right and bool(np.isfinite(joints[labelled]).all() and np.isfinite(centre).all())
-            right = right and isinstance(entry["image"], str) and is_number(scale)
+            joints = np.where(labelled[:, None], joints, 0.0) if right else joints
+            right = right and bool((np.abs(joints) < 1e6).all() and (np.abs(centre) < 1e6).all())
+            right = right and isinstance(entry["image"], str) and is_number(scale) and scale < 1e4
         except (KeyError, TypeError, ValueError):
             right = False
         if not right:
