@@ -9,8 +9,10 @@ What the reference implementations, HigherHRNet's and mmpose's, leave open or ge
 * Ties. The cost of an assignment contains rounded tag distances, so that several assignments are often equally good,
   above all between people whose tags differ by less than 1, and the order of rows decides. Here the smaller sum of
   squared distances does (of distances up to the threshold, since beyond it all are alike).
-* People are kept there in a dictionary by the tag of their first keypoint. Two candidates with exactly the same tag
-  become one person, the later keypoint replacing the earlier. Here they stay two.
+* Equal neighbours, such as the two cells beside the middle of an enlarged symmetric bump, are two candidates there.
+  That is mended by accident where their tags are exactly equal, too, because people are kept in a dictionary by the tag
+  of their first keypoint and the later candidate replaces the earlier; but so are people far apart. Here equal
+  neighbours are one candidate and people stay apart.
 * More than `max_people`: HigherHRNet assigns to the first `max_people` only, starts a new person with every other
   keypoint and returns them all; mmpose assigns to all and returns the first. Here all take part, and those with the
   best scores are returned.
@@ -72,7 +74,7 @@ def group_people(
     """People in one image.
 
     1. Candidates for each keypoint: cells above `detection_threshold` that no cell in the `window` x `window` around
-       them exceeds; the best `max_people` of them (of equal ones the first by row and column).
+       them exceeds, and of equal ones there the first by row and column; the best `max_people` of them.
     2. The keypoints are assigned in `order`. The first one's candidates are a person each. Then candidates and people
        are matched so that the sum of 100 x rounded distance - heatmap value is least, the distance being that of the
        candidate's tags to the mean of the person's; ties by the distances as they are. Candidates without a person,
@@ -137,6 +139,7 @@ def group_people_reference(
     tag_sums, counts = np.zeros((0, tags.shape[0])), np.zeros(0, np.int64)
     for kp in order:
         found = np.flatnonzero(peaks[kp] & (values[kp] > np.float32(detection_threshold)))
+        found = found[_first_of_equals(values[kp].reshape(height, width), found, window)]
         found = found[np.isfinite(flat_tags[:, kp, found]).all(0)]
         found = found[np.argsort(-values[kp, found], kind="stable")[:max_people]]
         found_tags = flat_tags[:, kp, found].T.astype(np.float64)
@@ -225,6 +228,20 @@ def _window_maximum(maps: Array, window: int) -> Array:
         views = (np.take(padded, np.arange(i, i + maps.shape[axis]), axis) for i in range(window))
         maps = np.maximum.reduce(list(views))
     return maps
+
+
+def _first_of_equals(values: Array, cells: Array, window: int) -> Array:
+    """bool, for `cells` of a map [H, W]: no cell before it (by row and column) in its window has the same value."""
+    height, width = values.shape
+    half = window // 2
+    y, x = cells // max(width, 1), cells % max(width, 1)
+    first = np.ones(len(cells), bool)
+    for dy in range(-half, 1):
+        for dx in range(-half, half + 1 if dy < 0 else 0):
+            v, u = y + dy, x + dx
+            inside = (v >= 0) & (u >= 0) & (u < width)
+            first[inside] &= values[v[inside], u[inside]] != values[y[inside], x[inside]]
+    return first
 
 
 def _positions(heatmaps: Array, cells: Array) -> Array:

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastpose.checkpoints import WeightsInfo, save_weights
-from fastpose.codecs import SoftmaxHeatmapCodec, TopDownCodec
+from fastpose.codecs import HeatmapCodec, SoftmaxHeatmapCodec, TopDownCodec
 from fastpose.data import PoseData, load_lspet
 from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches
 from fastpose.files import write_atomically
@@ -337,17 +337,19 @@ def validate(
     """
     from fastpose.pipeline import estimate_crops
 
+    codec = info.codec
+    assert isinstance(codec, HeatmapCodec)
     model = create_model(info.model, num_keypoints=info.num_keypoints)
     model.load_state_dict(state)
     channels_last(model.eval())
     store = CropStore(data, info.padding, side=max(info.input_size))
-    dataset = CropDataset(store, info.input_size, convention=info.codec.convention)
+    dataset = CropDataset(store, info.input_size, convention=codec.convention)
     flip_indices = data.skeleton.flip_indices if flip else None
     predicted = []
     for start in range(0, len(data), 32):
         samples = [dataset[i] for i in range(start, min(start + 32, len(data)))]
         crops = torch.stack([s[0] for s in samples])
-        predicted.append(estimate_crops(model, crops, info.codec, flip_indices)[0].numpy())
+        predicted.append(estimate_crops(model, crops, codec, flip_indices)[0].numpy())
     # compared in crop pixels: the map from image to crop keeps ratios of lengths
     truth = np.stack([np.asarray(dataset[i][1]) for i in range(len(data))])
     return pck(np.concatenate(predicted), truth, data.labelled, torso_lengths(truth, data.labelled, data.skeleton))

@@ -159,11 +159,14 @@ def test_maps_without_sense(backend):
     assert len(group_people(np.ones((K, 8, 9)), np.full((1, K, 8, 9), np.nan))[0]) == 0
     for size in ((1, 1), (1, 7), (0, 5)):
         found, _ = group_people(np.ones((2, *size)), np.zeros((2, 2, *size)), max_people=3)
-        assert len(found) == min(3, size[0] * size[1]) and np.isfinite(found).all()
+        assert len(found) == min(1, size[0] * size[1]) and np.isfinite(found).all()
     assert group_people(np.zeros((0, 4, 4)), np.zeros((1, 0, 4, 4)))[0].shape == (0, 0, 3)
     plateau = np.zeros((1, 20, 20))
     plateau[0, 3:6, 3:6] = 0.5
-    assert len(group_people(plateau, np.zeros((1, 1, 20, 20)))[0]) == 9  # every cell is a maximum
+    found, _ = group_people(plateau, np.zeros((1, 1, 20, 20)))  # one, where it begins; all neighbours on one side
+    assert found[0, 0].tolist() == [3.75, 3.75, 0.5] and len(found) == 1
+    plateau[0, 10, 3] = plateau[0, 12, 1] = 0.5  # 5 rows from the plateau, 2 rows and columns from each other
+    assert len(group_people(plateau, np.zeros((1, 1, 20, 20)))[0]) == 2
     # huge tags, strided and double precision input
     heatmaps, tags, _, _ = scene(4)
     found, _ = group_people(heatmaps[:, ::-1].astype(np.float64)[:, ::-1], tags * np.float32(1e30))

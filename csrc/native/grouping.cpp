@@ -51,7 +51,7 @@ struct Candidate {
   float value;
 };
 
-// The local maxima above the threshold, the best ones first, at most `max_people`.
+// The local maxima above the threshold, the first of equal ones, sorted by value, at most `max_people`.
 std::vector<Candidate> find_candidates(const TagMaps& maps, int64_t keypoint, const std::vector<Range>& tiles,
                                        const GroupingOptions& options) {
   const int64_t cells = maps.height * maps.width, half = options.window / 2;
@@ -67,8 +67,9 @@ std::vector<Candidate> find_candidates(const TagMaps& maps, int64_t keypoint, co
       bool peak = true;
       for (int64_t v = std::max<int64_t>(y - half, 0); peak && v <= std::min(y + half, maps.height - 1); ++v) {
         for (int64_t u = std::max<int64_t>(x - half, 0); u <= std::min(x + half, maps.width - 1); ++u) {
-          const float other = map[v * maps.width + u];
-          if (other > value && std::isfinite(other)) {
+          const int64_t at = v * maps.width + u;
+          const float other = map[at];
+          if (std::isfinite(other) && (other > value || (other == value && at < cell))) {
             peak = false;
             break;
           }
