@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastpose.codecs import MSRAHeatmapCodec, TopDownCodec
+from fastpose.codecs import AssociativeEmbeddingCodec, Codec, MSRAHeatmapCodec
 from fastpose.config import from_dict
 from fastpose.files import write_atomically
 from fastpose.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_dict
@@ -33,7 +33,8 @@ class WeightsInfo:
     Attributes:
         model: registry name; num_keypoints: K; skeleton: its name.
         input_size: (height, width) of the crops the network was trained on and works best at.
-        padding: crop side in units of the box's longer side (see `geometry.crop_matrix`).
+        padding: crop side in units of the box's longer side (see `geometry.crop_matrix`); no meaning for bottom-up
+            networks, for which the lesser number of `input_size` is the shorter side of the resized image.
         codec: how its outputs become keypoints.
         flip_test: whether averaging with the mirrored crop is recommended.
         options: fields of the network's config that differ from its default.
@@ -46,7 +47,7 @@ class WeightsInfo:
     skeleton: str
     input_size: tuple[int, int]
     padding: float
-    codec: TopDownCodec
+    codec: Codec
     flip_test: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     antialias: bool = True
@@ -108,9 +109,9 @@ USUAL_SKELETONS = {17: "coco17", 16: "mpii16"}
 def describe_weights(path: str | Path, name: str = "auto", skeleton: str | None = None) -> WeightsInfo:
     """The metadata of a fastpose file; for checkpoints of others what is customary among them.
 
-    That is the paper's input size, `padding` 1.25, `MSRAHeatmapCodec`, the flip test, crops without antialiasing, and
-    the keypoints of COCO for 17 and of MPII for 16 of them. Weights trained with DARK, UDP or at another input size
-    look the same in the file: correct the result for them.
+    That is the paper's input size, `padding` 1.25, `MSRAHeatmapCodec` (`AssociativeEmbeddingCodec` for bottom-up
+    networks), the flip test, crops without antialiasing, and the keypoints of COCO for 17 and of MPII for 16 of them.
+    Weights trained with DARK, UDP or at another input size look the same in the file: correct the result for them.
 
     Args:
         name: the network, or ``"auto"``.
@@ -121,7 +122,7 @@ def describe_weights(path: str | Path, name: str = "auto", skeleton: str | None 
         ValueError: not a checkpoint, no or more than one network fits, or the keypoints cannot be told by their
             number and `skeleton` is not given.
     """
-    from fastpose.models._registry import model_entry
+    from fastpose.models._registry import is_bottom_up, model_entry
 
     state, layout = read_state(path)
     if layout == "fastpose":
@@ -135,7 +136,9 @@ def describe_weights(path: str | Path, name: str = "auto", skeleton: str | None 
                 f"{layout} weights {path} have {k} keypoints, but do not say which: choose with skeleton=...{these}"
             )
         skeleton = USUAL_SKELETONS[k]
-    codec = MSRAHeatmapCodec(edges="hrnet" if layout == "original" else "mmpose")
+    codec: Codec = MSRAHeatmapCodec(edges="hrnet" if layout == "original" else "mmpose")
+    if is_bottom_up(name):
+        codec = AssociativeEmbeddingCodec()
     size = model_entry(name).input_size
     return WeightsInfo(name, k, skeleton, size, 1.25, codec, options=options, antialias=False)
 

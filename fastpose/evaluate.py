@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fastpose.data import UNREADABLE, PoseData, Report
+from fastpose.checkpoints import WeightsInfo
+from fastpose.codecs import AssociativeEmbeddingCodec
+from fastpose.data import UNREADABLE, PoseData, Report, to_results
 from fastpose.data.coco import read_json
 from fastpose.files import write_atomically
 from fastpose.geometry import crop_matrix
 from fastpose.images import Array, ImageError, write_image
 from fastpose.pipeline import PoseEstimator
+from fastpose.poses import Poses
 from fastpose.scoring import Score, score_poses, score_results
 from fastpose.sheets import Case, contact_sheet
 
@@ -26,7 +29,8 @@ class Evaluation:
 
     Attributes:
         score: the numbers. data: what was evaluated: without images that could not be read.
-        keypoints: float32 [N, K, 2] pixels and keypoint_scores: float32 [N, K], of the people of `data`.
+        keypoints: float32 [N, K, 2] pixels and keypoint_scores: float32 [N, K], of the people of `data`; of a bottom-up
+            network those that it found.
     """
 
     score: Score
@@ -119,16 +123,19 @@ def evaluate(
     evaluator: str = "fastpose",
     quiet: bool = True,
 ) -> Evaluation:
-    """Estimate everybody in `data` and score the poses by its metric.
+    """Estimate everybody in `data` and score the poses by its metric. Bottom-up networks find the people themselves.
 
     Images that cannot be read, and boxes outside their image, are reported and left out. The arguments from `nms` on
-    are those of `fastpose.scoring.score_poses` and matter for AP only.
+    are those of `fastpose.scoring.score_poses` and matter for AP of top-down networks only (`evaluator`: of all).
 
     Raises:
         ValueError: the estimator has other keypoints than the data, or nothing is left to evaluate.
     """
     if estimator.skeleton.names != data.skeleton.names:
         raise ValueError(f"the weights have skeleton {estimator.skeleton.name!r}, the data set {data.skeleton.name!r}")
+    codec = estimator.info.codec
+    if isinstance(codec, AssociativeEmbeddingCodec):
+        return _evaluate_whole_images(estimator, data, evaluator, quiet)
     n, k = len(data), data.skeleton.num_keypoints
     keypoints, scores = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
     done, unreadable = np.zeros(n, bool), []
@@ -174,18 +181,42 @@ def evaluate(
         nms=nms,
         nms_threshold=nms_threshold,
         keypoint_threshold=keypoint_threshold,
-        crop_areas=_crop_areas(estimator, rest.boxes),
+        crop_areas=_crop_areas(estimator.info, codec.convention, rest.boxes),
         evaluator=evaluator,
     )
     return Evaluation(score, rest, keypoints[rows], scores[rows])
 
 
-def _crop_areas(estimator: PoseEstimator, boxes: Array) -> Array:
+def _evaluate_whole_images(estimator: PoseEstimator, data: PoseData, evaluator: str, quiet: bool) -> Evaluation:
+    """AP of a bottom-up network: it finds the people itself, in every image, and its scores are taken as they are."""
+    if data.metric != "AP" or data.annotated is None:
+        raise ValueError(f"{estimator.model_name} finds people itself, which is scored by AP only, not {data.metric}")
+    annotated, unreadable = data.annotated, []
+    found: list[tuple[int, Poses]] = []
+    for i, path in enumerate(tqdm(annotated.files, unit="image", disable=quiet)):
+        try:
+            found.append((i, estimator.estimate([annotated.read(i)], [None])[0]))
+        except ImageError as error:
+            data.report.add(UNREADABLE, error)
+            unreadable.append(path)
+    if not found:
+        raise ValueError(f"nothing is left to evaluate: {data.report.to_text() or 'the data set is empty'}")
+    index = np.repeat([i for i, _ in found], [len(poses) for _, poses in found])
+    keypoints = np.concatenate([poses.keypoints for _, poses in found])
+    keypoint_scores = np.concatenate([poses.keypoint_scores for _, poses in found])
+    scores = np.concatenate([poses.scores for _, poses in found])
+    entries = to_results(annotated, index, keypoints, keypoint_scores, scores)
+    rest = data.without_images(unreadable)
+    assert rest.annotated is not None
+    score = score_results(rest.annotated, entries, data.skeleton, evaluator)
+    return Evaluation(score, rest, keypoints, keypoint_scores)
+
+
+def _crop_areas(info: WeightsInfo, convention: str, boxes: Array) -> Array:
     """Square pixels of the image that the crops around `boxes` cover, [N]."""
-    size = estimator.info.input_size
-    matrices = [crop_matrix(b, size, estimator.info.padding, convention=estimator.info.codec.convention) for b in boxes]
+    matrices = [crop_matrix(box, info.input_size, info.padding, convention=convention) for box in boxes]
     zooms = np.array([abs(np.linalg.det(m[:, :2])) for m in matrices], np.float64)
-    return np.asarray(size[0] * size[1] / zooms)
+    return np.asarray(info.input_size[0] * info.input_size[1] / zooms)
 
 
 def write_json(path: str | Path, content: Any) -> None:

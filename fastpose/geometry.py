@@ -85,6 +85,39 @@ def crop_matrix(
     return np.concatenate([linear, offset[:, None]], axis=1)
 
 
+def whole_image_matrix(image_size: tuple[int, int], side: int, multiple: int = 64) -> tuple[Array, tuple[int, int]]:
+    """Affine map from an image to the input of a bottom-up network, and that input's size; as in HigherHRNet.
+
+    The image's shorter side becomes `side` pixels, its longer side is scaled alike, filled up with black on both ends
+    to a multiple of `multiple`. The middle of the image, rounded to a pixel, comes to lie at half the input's size (the
+    ``"hrnet"`` convention above). Images more than four times as long as they are wide, which HigherHRNet has no limit
+    for, are scaled to an input of 4 x `side` instead, and filled up across.
+
+    Args:
+        image_size: (height, width); multiple: of the longer side, a divisor of 4 x `side`.
+
+    Returns:
+        The matrix, float64 [2, 3], and (height, width).
+
+    Raises:
+        ValueError: sizes that are not positive.
+    """
+    height, width = image_size
+    if min(height, width, side, multiple) < 1:
+        raise ValueError(f"sizes must be positive, got image {image_size}, side {side} and multiple {multiple}")
+    short, long = min(height, width), max(height, width)
+    if long <= 4 * short:
+        zoom = side / short
+        # not quite the next multiple: up to one pixel over is dropped
+        long_side = max(int((zoom * long + multiple - 1) // multiple * multiple), side)
+    else:
+        zoom, long_side = 4 * side / long, 4 * side
+    size = (long_side, side) if height > width else (side, long_side)
+    centre_x, centre_y = int(width / 2 + 0.5), int(height / 2 + 0.5)
+    offset = [size[1] / 2 - zoom * centre_x, size[0] / 2 - zoom * centre_y]
+    return np.array([[zoom, 0.0, offset[0]], [0.0, zoom, offset[1]]]), size
+
+
 def invert_affine(matrix: Array) -> Array:
     """Inverse of affine maps, [..., 2, 3] -> [..., 2, 3]."""
     linear = np.linalg.inv(matrix[..., :2])

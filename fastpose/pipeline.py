@@ -1,7 +1,10 @@
 """`PoseEstimator`: images in, poses out.
 
-image -> boxes (given or detected) -> crops of all images batched through the network -> heatmap decoding -> original
-pixels -> rescoring -> one OKS-NMS call for all images -> `Poses`.
+Top-down: image -> boxes (given or detected) -> crops of all images batched through the network -> heatmap decoding ->
+original pixels -> rescoring -> one OKS-NMS call for all images -> `Poses`.
+
+Bottom-up: image -> resized as a whole through the network -> heatmaps and tags -> grouping -> original pixels ->
+`Poses`.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpose.checkpoints import WeightsInfo, describe_weights, resolve_weights
-from fastpose.codecs import HeatmapCodec, TopDownCodec, get_codec
+from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec, get_codec
+from fastpose.data.base import boxes_of_keypoints
 from fastpose.detect import Detector, make_detector, whole_image
-from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
+from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop, whole_image_matrix
 from fastpose.images import Array, to_rgb
 from fastpose.layers import channels_last
 from fastpose.models import create_model
+from fastpose.models._registry import is_bottom_up
 from fastpose.ops import oks_nms, rescore
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize
@@ -35,6 +40,9 @@ class BoxError(ValueError):
 class PoseEstimator:
     """Find people's keypoints in images.
 
+    Bottom-up networks, those with `AssociativeEmbeddingCodec`, find the people themselves: they need no detector, take
+    no boxes and give no duplicates; the instance score is the mean keypoint score, and boxes are the keypoints' extent.
+
     Args:
         model: network name, see `fastpose.list_models`, or ``"auto"`` to find it by the weights.
         weights: ``"default"`` (shipped with the package) or the path of a file of any format that
@@ -45,16 +53,17 @@ class PoseEstimator:
             image where its keypoints score higher than those of HOG's people), ``"hog"``, ``"none"`` (the whole image)
             or a callable ``image -> boxes [P, 4] xyxy`` or ``-> (boxes, scores)``.
         device: where the network runs, e.g. ``"cpu"`` or ``"cuda"``; default CPU.
-        batch_size: crops per forward pass.
+        batch_size: crops per forward pass; a whole image for a bottom-up network counts as 8.
         flip_test: average with the mirrored crop: more accurate, twice the work. None: as the weights recommend.
         nms: suppression of duplicates among detected people: ``"hard"``, ``"soft"``, ``"parallel"`` or ``"none"``;
             nms_threshold: see `fastpose.ops.oks_nms`. Given boxes are never suppressed.
         keypoint_threshold: keypoints that score less count neither for the instance score nor for OKS.
         channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
         skeleton: the keypoints, a built-in skeleton's name or a `Skeleton`.
-        input_size: (height, width) of the crops.
+        input_size: (height, width) of the crops; for bottom-up networks the lesser number is the shorter side.
         padding: crop side in units of the box's longer side.
-        codec: ``"softmax"``, ``"msra"``, ``"dark"``, ``"udp"`` or an instance from `fastpose.codecs`.
+        codec: ``"softmax"``, ``"msra"``, ``"dark"``, ``"udp"``, ``"associative"`` or an instance from
+            `fastpose.codecs`.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: unknown model or detector, weights missing or unfit, settings that
@@ -77,7 +86,7 @@ class PoseEstimator:
         skeleton: str | Skeleton | None = None,
         input_size: tuple[int, int] | None = None,
         padding: float | None = None,
-        codec: str | TopDownCodec | None = None,
+        codec: str | Codec | None = None,
     ) -> None:
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
@@ -97,8 +106,9 @@ class PoseEstimator:
         self.skeleton: Skeleton = skeleton if isinstance(skeleton, Skeleton) else self.info.get_skeleton()
         _check_settings(self.info, self.skeleton, network)
         self.model = channels_last(network.to(self.device))
-        self.detector, self.notice = make_detector(detector)
-        self.try_whole_image = isinstance(detector, str) and detector == "auto"
+        self.bottom_up = isinstance(self.info.codec, AssociativeEmbeddingCodec)
+        self.detector, self.notice = make_detector("none" if self.bottom_up else detector)
+        self.try_whole_image = not self.bottom_up and isinstance(detector, str) and detector == "auto"
         self.batch_size = batch_size
         self.flip_test = self.info.flip_test if flip_test is None else flip_test
         self.nms, self.nms_threshold = nms, nms_threshold
@@ -133,6 +143,10 @@ class PoseEstimator:
 
     def estimate(self, images: list[Array], boxes: Sequence[Any]) -> list[Poses]:
         """The same for RGB arrays [H, W, 3] and one entry of boxes (or None) per image."""
+        if isinstance(self.info.codec, AssociativeEmbeddingCodec):
+            if any(given is not None for given in boxes):
+                raise BoxError(f"{self.model_name} finds people itself and cannot be told boxes: boxes must be None")
+            return self._estimate_whole_images(images, self.info.codec)
         found = [self._boxes(image, given) for image, given in zip(images, boxes, strict=True)]
         counts = [len(b) for b, _, _ in found]
         index = np.repeat(np.arange(len(images)), counts)
@@ -172,6 +186,35 @@ class PoseEstimator:
             )
         return results
 
+    @torch.inference_mode()
+    def _estimate_whole_images(self, images: list[Array], codec: AssociativeEmbeddingCodec) -> list[Poses]:
+        """Poses by a bottom-up network."""
+        flip_indices = self.skeleton.flip_indices if self.flip_test else None
+        maps = [whole_image_matrix((i.shape[0], i.shape[1]), min(self.info.input_size)) for i in images]
+        of_size: dict[tuple[int, int], list[int]] = {}
+        for i, (_, size) in enumerate(maps):
+            of_size.setdefault(size, []).append(i)
+        results: dict[int, Poses] = {}
+        step = max(1, self.batch_size // 8)
+        for size, indices in of_size.items():
+            for start in range(0, len(indices), step):
+                part = indices[start : start + step]
+                resized = np.stack([warp_crop(images[i], maps[i][0], size, self.info.antialias) for i in part])
+                x = normalize(torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device))
+                x = x.contiguous(memory_format=torch.channels_last)
+                mirrored = None if flip_indices is None else self.model(x.flip(3))
+                found = codec.decode(*codec.aggregate(self.model(x), mirrored, flip_indices))
+                for i, (people, scores) in zip(part, found, strict=True):
+                    there = people[..., 2] > 0
+                    keypoints = apply_affine(invert_affine(maps[i][0]), people[..., :2].astype(np.float64))
+                    keypoints[~there] = 0
+                    best = np.argsort(-scores, kind="stable")
+                    image_size = (images[i].shape[0], images[i].shape[1])
+                    boxes = boxes_of_keypoints(keypoints, there, 0.0)
+                    poses = Poses(keypoints, people[..., 2], boxes, scores, image_size, self.skeleton)
+                    results[i] = poses[best]
+        return [results[i] for i in range(len(images))]
+
     def _boxes(self, image: Array, given: Any) -> tuple[Array, Array, bool]:
         if given is not None:
             checked = check_boxes(given, image.shape[0], image.shape[1])
@@ -190,15 +233,16 @@ class PoseEstimator:
         k, size = self.skeleton.num_keypoints, self.info.input_size
         keypoints = np.zeros((len(boxes), k, 2), np.float32)
         scores = np.zeros((len(boxes), k), np.float32)
-        convention = self.info.codec.convention
+        codec = self.info.codec
+        assert isinstance(codec, HeatmapCodec)
         flip_indices = self.skeleton.flip_indices if self.flip_test else None
-        matrices = [crop_matrix(box, size, self.info.padding, convention=convention) for box in boxes]
+        matrices = [crop_matrix(box, size, self.info.padding, convention=codec.convention) for box in boxes]
         for start in range(0, len(boxes), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(boxes)))
             pairs = zip(index[part], matrices[part], strict=True)
             crops = np.stack([warp_crop(images[i], m, size, self.info.antialias) for i, m in pairs])
             batch = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
-            points, point_scores = estimate_crops(self.model, batch, self.info.codec, flip_indices)
+            points, point_scores = estimate_crops(self.model, batch, codec, flip_indices)
             back = invert_affine(np.stack(matrices[part]))
             keypoints[part] = apply_affine(back, points.cpu().numpy().astype(np.float64))
             scores[part] = point_scores.cpu().numpy()
@@ -254,6 +298,10 @@ def _check_settings(info: WeightsInfo, skeleton: Skeleton, network: nn.Module) -
         raise ValueError(
             f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the weights have {info.num_keypoints}"
         )
+    bottom_up = isinstance(info.codec, AssociativeEmbeddingCodec)
+    if bottom_up != is_bottom_up(info.model):
+        kind = "top-down" if bottom_up else "bottom-up"
+        raise ValueError(f"{info.model} is a {kind} network, for which codec {info.codec.type!r} is not made")
     if not info.padding > 0:
         raise ValueError(f"padding must be positive, got {info.padding}")
     multiple = int(getattr(network, "input_multiple", 1))

@@ -234,3 +234,37 @@ def test_weights_of_others(tmp_path, capsys):
     settings = json.loads((tmp_path / "n.json").read_text())["settings"]
     assert settings["codec"] == "dark" and settings["input_size"] == [64, 64]
     assert main([*arguments, "--codec", "best"]) == 2 and "best" in capsys.readouterr().err
+
+
+def test_bottom_up(tmp_path):
+    """A network that finds the people itself: images without people are looked at too."""
+    from fastpose.codecs import AssociativeEmbeddingCodec
+
+    datasets.write_standard_coco(tmp_path)
+    (tmp_path / "val2017" / "004.png").write_bytes(b"")
+    data = load_dataset("coco", tmp_path, "val")
+
+    class Finder(Oracle):
+        model_name = "finder"
+
+        def estimate(self, images, boxes):
+            assert boxes == [None]
+            number, self.calls = self.calls, self.calls + 1
+            number += number > 3  # image 4 cannot be read
+            own = np.flatnonzero(data.image_index == number)
+            if len(own) == 0:  # a false alarm on the image without people
+                points, scores = np.full((1, 17, 2), 9.0), np.array([0.01])
+            else:
+                points, scores = data.keypoints[own], np.full(len(own), 0.5)
+            shape = points.shape[:2]
+            return [Poses(points, np.ones(shape), np.zeros((len(points), 4)), scores, (90, 120), data.skeleton)]
+
+    finder = Finder(data)
+    finder.info.codec = AssociativeEmbeddingCodec()
+    result = evaluate(finder, data)
+    assert finder.calls == 5 and result.score.numbers["AP"] == 1.0 and len(result.score.results) == 9
+    assert result.data.annotated.ids == (10, 20, 30, 40, 60)
+    assert result.report.findings["image cannot be read"].count == 1
+    result.worst(2)
+    with pytest.raises(ValueError, match="finder finds people itself, which is scored by AP only, not PCK@0.2"):
+        evaluate(finder, load_dataset("coco", tmp_path, "val", metric="PCK@0.2"))
