@@ -78,9 +78,11 @@ def extensions():
         }
         native = Pybind11Extension(
             "fastpose._native",
-            ["csrc/native/module.cpp", "csrc/cpu/isa.cpp"],
+            ["csrc/native/module.cpp", "csrc/native/grouping.cpp", "csrc/cpu/isa.cpp"],
             include_dirs=[str(HERE / "csrc")],
             define_macros=[(k, f'"{v}"') for k, v in texts.items()],
+            # nearbyint() and sqrt() become instructions; numpy has no fused multiply-add either
+            extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
             cxx_std=17,
         )
         built.append(native)

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastpose.codecs import SoftmaxHeatmapCodec
+from fastpose.codecs import AssociativeEmbeddingCodec, Codec, MSRAHeatmapCodec
 from fastpose.config import from_dict
 from fastpose.files import write_atomically
+from fastpose.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_dict
 
 # model name -> file in fastpose/weights
 DEFAULT_WEIGHTS = {"mobileposenet": "mobileposenet_lspet.safetensors"}
@@ -30,12 +31,15 @@ class WeightsInfo:
     """What travels with the weights.
 
     Attributes:
-        model: registry name; num_keypoints: K; skeleton: name of a built-in skeleton.
+        model: registry name; num_keypoints: K; skeleton: its name.
         input_size: (height, width) of the crops the network was trained on and works best at.
-        padding: crop side in units of the box's longer side (see `geometry.crop_matrix`).
+        padding: crop side in units of the box's longer side (see `geometry.crop_matrix`); no meaning for bottom-up
+            networks, for which the lesser number of `input_size` is the shorter side of the resized image.
         codec: how its outputs become keypoints.
         flip_test: whether averaging with the mirrored crop is recommended.
         options: fields of the network's config that differ from its default.
+        skeleton_definition: for a skeleton that is not built in: what `skeletons.skeleton_to_dict` says about it.
+        antialias: whether crops that shrink the image are smoothed first (see `geometry.warp_crop`).
     """
 
     model: str
@@ -43,9 +47,17 @@ class WeightsInfo:
     skeleton: str
     input_size: tuple[int, int]
     padding: float
-    codec: SoftmaxHeatmapCodec
+    codec: Codec
     flip_test: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    antialias: bool = True
+    skeleton_definition: dict[str, Any] = field(default_factory=dict)
+
+    def get_skeleton(self) -> Skeleton:
+        """The keypoints; raises ValueError if `skeleton` is neither built in nor defined here."""
+        if self.skeleton_definition.get("name") == self.skeleton:
+            return skeleton_from_dict(self.skeleton_definition)
+        return get_skeleton(self.skeleton)
 
 
 def resolve_weights(weights: str | Path, model: str) -> Path:
@@ -79,6 +91,56 @@ def read_info(path: str | Path) -> WeightsInfo:
         return from_dict(WeightsInfo, json.loads(metadata["fastpose"]), "")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged fastpose metadata: {error}") from None
+
+
+def is_fastpose(path: str | Path) -> bool:
+    """Whether `path` is a weights file with readable fastpose metadata."""
+    try:
+        read_info(path)
+    except ValueError:
+        return False
+    return True
+
+
+# what published weights with so many keypoints were trained on; fewer than certain for other numbers
+USUAL_SKELETONS = {17: "coco17", 16: "mpii16"}
+
+
+def describe_weights(path: str | Path, name: str = "auto", skeleton: str | None = None) -> WeightsInfo:
+    """The metadata of a fastpose file; for checkpoints of others what is customary among them.
+
+    That is the paper's input size, `padding` 1.25, `MSRAHeatmapCodec` (`AssociativeEmbeddingCodec` for bottom-up
+    networks), the flip test, crops without antialiasing, and the keypoints of COCO for 17 and of MPII for 16 of them.
+    Weights trained with DARK, UDP or at another input size look the same in the file: correct the result for them.
+
+    Args:
+        name: the network, or ``"auto"``.
+        skeleton: name of the keypoints for a checkpoint of others.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, no or more than one network fits, or the keypoints cannot be told by their
+            number and `skeleton` is not given.
+    """
+    from fastpose.models._registry import is_bottom_up, model_entry
+
+    state, layout = read_state(path)
+    if layout == "fastpose":
+        return read_info(path)
+    name, k, options = find_architecture(path, name)
+    if skeleton is None:
+        if k not in USUAL_SKELETONS:
+            known = [s.name for s in SKELETONS.values() if s.num_keypoints == k]
+            these = f" (there is {' and '.join(known)})" if known else " (none of the built-in ones)"
+            raise ValueError(
+                f"{layout} weights {path} have {k} keypoints, but do not say which: choose with skeleton=...{these}"
+            )
+        skeleton = USUAL_SKELETONS[k]
+    codec: Codec = MSRAHeatmapCodec(edges="hrnet" if layout == "original" else "mmpose")
+    if is_bottom_up(name):
+        codec = AssociativeEmbeddingCodec()
+    size = model_entry(name).input_size
+    return WeightsInfo(name, k, skeleton, size, 1.25, codec, options=options, antialias=False)
 
 
 def save_weights(
@@ -121,11 +183,41 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> str:
         kind = type(model).__name__
         raise ValueError(f"{layout} weights {path} do not fit this {kind}: {'; '.join(problems[:5])}{more}{hint}")
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in renamed.items()}, strict=False)
+    _switch_legacy(model, layout)
+    return layout
+
+
+def load_pretrained(model: nn.Module, name: str, num_keypoints: int, path: str | Path) -> list[str]:
+    """As `load_checkpoint`, but the checkpoint may be of other keypoints: what depends on their number is left out.
+
+    Args:
+        model: the network `name` with `num_keypoints` keypoints and otherwise its default config.
+
+    Returns:
+        Names of the tensors that were left as they are, none if the number of keypoints is the same.
+    """
+    state, layout = read_state(path)
+    own = model.state_dict()
+    renamed = _rename(state, own)
+    one, two = _shapes(name, num_keypoints), _shapes(name, num_keypoints + 1)
+    left = [k for k in own if one[k].shape != two[k].shape and k in renamed and renamed[k].shape != own[k].shape]
+    if not left:
+        load_checkpoint(model, path)
+        return []
+    problems = _differences(own, {**renamed, **{k: own[k] for k in left}})
+    if problems:
+        raise ValueError(f"{layout} weights {path} do not fit {name!r}: {'; '.join(problems[:5])}{_closest(state)}")
+    kept = {k: v.to(own[k].dtype) for k, v in renamed.items() if k not in left}
+    model.load_state_dict(kept, strict=False)
+    _switch_legacy(model, layout)
+    return left
+
+
+def _switch_legacy(model: nn.Module, layout: str) -> None:
     if layout != "fastpose":
         for module in model.modules():
             if hasattr(module, "legacy_fuse"):
                 module.legacy_fuse = True  # type: ignore[assignment]
-    return layout
 
 
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], str]:

@@ -1,4 +1,4 @@
-"""The command line: ``fastpose predict | train | evaluate | export | models | info``.
+"""The command line: ``fastpose predict | train | evaluate | validate-data | export | models | info``.
 
 Exit codes: 0 all done, 2 bad input (what could be done was done), 1 anything unexpected.
 """
@@ -31,13 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastpose.data import METRICS
+    from fastpose.ops.oks_nms import METHODS
+    from fastpose.scoring import EVALUATORS
+
     parser = argparse.ArgumentParser(prog="fastpose", description="Small and fast human pose estimation.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("predict", help="find people's keypoints in images")
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="image file, folder or glob pattern")
     p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
-    p.add_argument("--weights", default="default", help="'default' or a .safetensors file (default: %(default)s)")
+    p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
+    p.add_argument("--skeleton", help="the keypoints, for weights of others that do not tell, e.g. lsp14")
     p.add_argument("--boxes", metavar="FILE", help="JSON with person boxes by file name; instead of a detector")
     p.add_argument(
         "--detector",
@@ -62,12 +67,41 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
     p.set_defaults(run=_train)
 
-    p = commands.add_parser("evaluate", help="PCK@0.2 of weights on the Leeds Sports Pose Extended validation split")
-    p.add_argument("data", metavar="DIR", help="the unpacked archive: joints.mat and images/")
-    p.add_argument("--model", default="mobileposenet")
-    p.add_argument("--weights", default="default")
+    p = commands.add_parser(
+        "evaluate", help="accuracy of weights on a data set: PCK@0.2, PCKh or AP, as is usual for it"
+    )
+    _add_data_arguments(p, "lspet")
+    p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
+    p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
+    p.add_argument("--codec", help="softmax, msra, dark or udp, for weights of others that do not tell")
+    p.add_argument("--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the crops, likewise")
+    p.add_argument("--padding", type=float, help="crop side in units of the box's, likewise")
+    p.add_argument("--predictions", metavar="FILE", help="score this file of results in COCO's format; runs no network")
+    p.add_argument("--metric", choices=METRICS, help="instead of the data set's own")
+    p.add_argument("--boxes", metavar="FILE", help="a detector's boxes in COCO's format (default: the annotated ones)")
+    p.add_argument("--least-score", type=float, default=0.0, help="of a detector's boxes to use (default: %(default)s)")
+    p.add_argument("--nms", choices=(*METHODS, "none"), default="hard", help="OKS-NMS for AP (default: %(default)s)")
+    p.add_argument("--nms-threshold", type=float, help="of the OKS-NMS (default: 0.9 for hard, 0 otherwise)")
+    p.add_argument(
+        "--keypoint-threshold", type=float, default=0.2, help="least keypoint score to count in a pose's (default: 0.2)"
+    )
+    p.add_argument("--evaluator", choices=EVALUATORS, default="fastpose", help="whose code computes AP; same numbers")
     p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass")
+    p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    p.add_argument("--results", metavar="FILE", help="write the poses as COCO's submission format")
+    p.add_argument("--json", metavar="FILE", help="write the numbers as JSON")
+    p.add_argument("--worst", metavar="FILE", help="draw the people whose poses fit worst, e.g. worst.png")
+    p.add_argument("--worst-count", type=int, default=24, help="how many people to draw (default: %(default)s)")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.set_defaults(run=_evaluate)
+
+    p = commands.add_parser("validate-data", help="find what is wrong with a data set; exit code 2 if anything is")
+    _add_data_arguments(p)
+    p.add_argument("--no-images", action="store_true", help="check the annotations only, do not decode the images")
+    p.add_argument("--json", action="store_true", help="as JSON")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_validate_data)
 
     p = commands.add_parser("export", help="write a network for deployment")
     p.add_argument("--format", choices=("torchscript",), default="torchscript")
@@ -85,6 +119,35 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="as JSON")
     p.set_defaults(run=_info)
     return parser
+
+
+def _add_data_arguments(p: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Arguments that say which part of which data set is meant; read by `_load_data`."""
+    from fastpose.data import DATASETS
+
+    p.add_argument("data", metavar="DIR", help="folder of the unpacked data set")
+    what = f"default: {default}" if default else "required"
+    p.add_argument("--dataset", choices=DATASETS, default=default, required=default is None, help=f"its kind ({what})")
+    p.add_argument("--split", default="val", help="train, val, test, ... (default: %(default)s)")
+    p.add_argument("--annotations", metavar="FILE", help="annotation file, if not at its usual place")
+    p.add_argument("--images", metavar="DIR", help="image folder, if not at its usual place")
+    p.add_argument("--skeleton", metavar="FILE", help="custom: .toml or .json file, or the name of a built-in skeleton")
+    p.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
+
+
+def _load_data(options: argparse.Namespace, **more: Any) -> Any:
+    from fastpose.data import load_dataset
+
+    return load_dataset(
+        options.dataset,
+        options.data,
+        options.split,
+        skeleton=options.skeleton,
+        annotations=options.annotations,
+        images=options.images,
+        limit=options.limit,
+        **more,
+    )
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -114,6 +177,7 @@ def _predict(options: argparse.Namespace) -> int:
         device=options.device,
         batch_size=options.batch_size,
         flip_test=False if options.no_flip_test else None,
+        skeleton=options.skeleton,
     )
     if estimator.notice and paths and not options.quiet:
         print(f"fastpose: {estimator.notice}", file=sys.stderr)
@@ -204,6 +268,7 @@ def _train(options: argparse.Namespace) -> int:
     from importlib import resources
 
     from fastpose.config import read_config
+    from fastpose.data import usual_metric
     from fastpose.train import TrainConfig, train
 
     config_path = options.config
@@ -211,22 +276,93 @@ def _train(options: argparse.Namespace) -> int:
         shipped = resources.files("fastpose.recipes").joinpath(f"{config_path}.toml")
         if shipped.is_file():
             config_path = str(shipped)
-    best = train(read_config(TrainConfig, config_path, options.settings), options.resume, options.quiet)
-    print(f"best validation PCK@0.2: {best:.1f}")
+    config = read_config(TrainConfig, config_path, options.settings)
+    best = train(config, options.resume, options.quiet)
+    print(f"best validation {config.metric or usual_metric(config.dataset)}: {best:.1f}")
+    print(f"weights: {Path(config.output) / 'best.safetensors'}")
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from fastpose.data import load_lspet
-    from fastpose.evaluate import evaluate_pck
+    from fastpose.checkpoints import is_fastpose, resolve_weights
+    from fastpose.data import MISSING, UNREADABLE
+    from fastpose.evaluate import Evaluation, evaluate, to_text, write_json
     from fastpose.pipeline import PoseEstimator
 
-    estimator = PoseEstimator(options.model, options.weights, flip_test=False if options.no_flip_test else None)
-    result = evaluate_pck(estimator, load_lspet(options.data, "val"))
-    for name, value in result.per_keypoint.items():
-        print(f"{name:<16}{value:6.1f}")
-    print(f"{'PCK@0.2':<16}{result.total:6.1f}  ({result.people} people with a measurable torso)")
-    return 0
+    more: dict[str, Any] = {"metric": options.metric}
+    if options.boxes:
+        more |= {"detections": options.boxes, "least_score": options.least_score}
+    if options.predictions:
+        result = Evaluation.of_results(
+            _load_data(options, keep_missing=True, **more), options.predictions, options.evaluator
+        )
+    else:
+        data = _load_data(options, **more)
+        others = not is_fastpose(resolve_weights(options.weights, options.model))
+        estimator = PoseEstimator(
+            options.model,
+            options.weights,
+            detector="none",
+            device=options.device,
+            batch_size=options.batch_size,
+            flip_test=False if options.no_flip_test else None,
+            skeleton=data.skeleton if others else None,  # others' files do not say
+            input_size=tuple(options.input_size) if options.input_size else None,
+            padding=options.padding,
+            codec=options.codec,
+        )
+        result = evaluate(
+            estimator,
+            data,
+            nms=options.nms,
+            nms_threshold=options.nms_threshold,
+            keypoint_threshold=options.keypoint_threshold,
+            evaluator=options.evaluator,
+            quiet=options.quiet,
+        )
+    print(to_text(result.score))
+    if options.results:
+        result.write_results(options.results)
+    if options.json:
+        # what the numbers depend on
+        names = [
+            *("dataset", "data", "split", "limit", "model", "weights", "predictions", "boxes", "least_score"),
+            *(
+                "codec",
+                "input_size",
+                "padding",
+                "nms",
+                "nms_threshold",
+                "keypoint_threshold",
+                "no_flip_test",
+                "evaluator",
+            ),
+        ]
+        settings = {name: getattr(options, name) for name in names}
+        write_json(options.json, {**result.to_dict(), "settings": settings})
+    if options.worst:
+        result.write_worst(options.worst, options.worst_count)
+    if result.report.wrong:
+        print(f"fastpose: in the data:\n{result.report.to_text(wrong_only=True)}", file=sys.stderr)
+    lost = any(kind in result.report.findings for kind in (MISSING, UNREADABLE)) and not options.predictions
+    return BAD_INPUT if lost else 0
+
+
+def _validate_data(options: argparse.Namespace) -> int:
+    from fastpose.data.validate import validate_data
+
+    data = _load_data(options)
+    report = validate_data(data, not options.no_images, options.quiet or options.json)
+    images, people = len(data.image_files()), len(data)
+    if options.json:
+        content = {"dataset": options.dataset, "split": options.split, "images": images, "people": people}
+        content |= {"wrong": report.wrong, "findings": report.to_dict()}
+        print(json.dumps(content, indent=1))
+    else:
+        print(f"{options.dataset} {options.split}: {images} images, {people} people, {report.wrong} things wrong")
+        if report.findings:
+            print(report.to_text(examples=10))
+    return BAD_INPUT if report.wrong else 0
 
 
 def _export(options: argparse.Namespace) -> int:

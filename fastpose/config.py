@@ -52,8 +52,12 @@ def read_config(cls: type[T], path: str | Path | None, overrides: list[str]) -> 
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Build dataclass `cls` from nested dicts, checking names and types; `where` prefixes keys in messages."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    """Build dataclass `cls` from nested dicts, checking names and types; `where` prefixes keys in messages.
+
+    Where a field is one of several dataclasses, the key ``type`` chooses: it is compared with the default of their
+    fields ``type``, which are not arguments of the constructor. Without it the first one is meant.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
@@ -75,7 +79,13 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        kinds = {getattr(a, "type", ""): a for a in args if a is not type(None)}
+        if len(kinds) == 1 or not isinstance(value, dict):
+            return _convert(next(iter(kinds.values())), value, where)
+        kind = value.get("type", next(iter(kinds)))
+        if kind not in kinds:
+            raise ValueError(f"setting {where + '.type'!r} must be one of {', '.join(kinds)}, got {kind!r}")
+        return _convert(kinds[kind], {k: v for k, v in value.items() if k != "type"}, where)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return from_dict(hint, value, where + ".")
     if origin is tuple and isinstance(value, list):

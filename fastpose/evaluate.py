@@ -1,42 +1,243 @@
-"""Accuracy of a weights file on a data set, through `PoseEstimator` as a user would run it."""
+"""Accuracy of an estimator on a data set, through `PoseEstimator` as a user would run it."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from fastpose.data import PoseData
-from fastpose.images import Array, read_image
-from fastpose.metrics import pck, torso_lengths
+from fastpose.checkpoints import WeightsInfo
+from fastpose.codecs import AssociativeEmbeddingCodec
+from fastpose.data import UNREADABLE, PoseData, Report, to_results
+from fastpose.data.coco import read_json
+from fastpose.files import write_atomically
+from fastpose.geometry import crop_matrix
+from fastpose.images import Array, ImageError, write_image
 from fastpose.pipeline import PoseEstimator
+from fastpose.poses import Poses
+from fastpose.scoring import Score, score_poses, score_results
+from fastpose.sheets import Case, contact_sheet
 
 
 @dataclass(frozen=True)
-class PckResult:
-    """PCK@0.2 (torso): over all labelled keypoints, and per keypoint by name; `people` counts those with a torso."""
+class Evaluation:
+    """What `evaluate` returns.
 
-    total: float
-    per_keypoint: dict[str, float]
-    people: int
+    Attributes:
+        score: the numbers. data: what was evaluated: without images that could not be read.
+        keypoints: float32 [N, K, 2] pixels and keypoint_scores: float32 [N, K], of the people of `data`; of a bottom-up
+            network those that it found.
+    """
+
+    score: Score
+    data: PoseData
+    keypoints: Array
+    keypoint_scores: Array
+
+    @classmethod
+    def of_results(cls, data: PoseData, path: str | Path, evaluator: str = "fastpose") -> Evaluation:
+        """Score a file of results in COCO's format by AP; no network, no images.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: not a list in JSON, or `data` is not in COCO's format.
+        """
+        content = read_json(path, "result file")
+        if not isinstance(content, list):
+            raise ValueError(f"{path}: expected a list of results in COCO's format, got a {type(content).__name__}")
+        if data.annotated is None or data.metric != "AP":
+            raise ValueError("a file of results can be scored by AP only, with annotations in COCO's format")
+        score = score_results(data.annotated, content, data.skeleton, evaluator, data.report)
+        shape = (0, data.skeleton.num_keypoints)
+        return cls(score, data, np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32))
+
+    @property
+    def report(self) -> Report:
+        """What was skipped, while reading the data set and after."""
+        return self.data.report
+
+    def write_results(self, path: str | Path) -> None:
+        """Write the results that AP was computed from, in COCO's submission format, atomically.
+
+        Raises:
+            ValueError: the metric is not AP.
+        """
+        if self.score.metric != "AP":
+            raise ValueError(f"only AP has results in COCO's format; the metric is {self.score.metric}")
+        write_json(path, self.score.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON (a number that could not be measured is None)."""
+        return {
+            "metric": self.score.metric,
+            "value": _none_for_nan(self.score.value),
+            "numbers": {k: _none_for_nan(v) for k, v in self.score.numbers.items()},
+            "per_keypoint": {k: _none_for_nan(v) for k, v in self.score.per_keypoint.items()},
+            "people": self.score.people,
+            "images": len(self.data.image_files()),
+            "skipped": self.report.to_dict(),
+        }
+
+    def worst(self, count: int = 24, columns: int = 6) -> Array:
+        """Contact sheet (uint8 RGB) of the `count` people whose poses fit worst, the worst first.
+
+        Raises:
+            ValueError: nobody was measured, or `count` or `columns` is less than 1.
+        """
+        if count < 1 or columns < 1:
+            raise ValueError(f"the sheet needs at least one picture and column, got {count} and {columns}")
+        quality = self.score.quality
+        order = np.argsort(np.where(np.isnan(quality), np.inf, quality), kind="stable")
+        order = order[: min(count, int((~np.isnan(quality)).sum()))]
+        return contact_sheet([self._case(int(i)) for i in order], self.data.skeleton, columns)
+
+    def write_worst(self, path: str | Path, count: int = 24) -> None:
+        """Write the sheet of `worst` to an image file, atomically."""
+        write_image(path, self.worst(count))
+
+    def _case(self, i: int) -> Case:
+        data, score = self.data, self.score
+        measure = "OKS" if score.metric == "AP" else "fit"
+        estimate = None if np.isnan(score.matched[i]).all() else score.matched[i]
+        if score.metric != "AP" or data.annotated is None:
+            caption = f"{measure} {score.quality[i]:.2f} {data.images[i].name}"
+            return Case(data.read(i), data.boxes[i], data.keypoints[i], data.labelled[i], estimate, caption)
+        people, images = data.annotated.people, data.annotated
+        at = int(people.image[i])
+        x, y, w, h = people.boxes[i]
+        caption = f"{measure} {score.quality[i]:.2f} {images.files[at].name}"
+        box = np.array([x, y, x + w, y + h])
+        return Case(images.read(at), box, people.keypoints[i], people.visible[i], estimate, caption)
 
 
-def evaluate_pck(estimator: PoseEstimator, data: PoseData, quiet: bool = False) -> PckResult:
-    """PCK@0.2 of `estimator` on the annotated boxes of `data`, in image pixels.
+def evaluate(
+    estimator: PoseEstimator,
+    data: PoseData,
+    *,
+    nms: str = "hard",
+    nms_threshold: float | None = None,
+    keypoint_threshold: float = 0.2,
+    evaluator: str = "fastpose",
+    quiet: bool = True,
+) -> Evaluation:
+    """Estimate everybody in `data` and score the poses by its metric. Bottom-up networks find the people themselves.
+
+    Images that cannot be read, and boxes outside their image, are reported and left out. The arguments from `nms` on
+    are those of `fastpose.scoring.score_poses` and matter for AP of top-down networks only (`evaluator`: of all).
 
     Raises:
-        ValueError: the estimator's skeleton is not the data set's.
+        ValueError: the estimator has other keypoints than the data, or nothing is left to evaluate.
     """
-    if estimator.skeleton != data.skeleton:
+    if estimator.skeleton.names != data.skeleton.names:
         raise ValueError(f"the weights have skeleton {estimator.skeleton.name!r}, the data set {data.skeleton.name!r}")
-    predicted: list[Array] = []
-    for start in tqdm(range(0, len(data), 32), unit="batch", disable=quiet):
-        part = range(start, min(start + 32, len(data)))
-        images = [read_image(data.images[i]) for i in part]
-        predicted += [p.keypoints for p in estimator.estimate(images, [data.boxes[i : i + 1] for i in part])]
-    lengths = torso_lengths(data.keypoints, data.labelled, data.skeleton)
-    total, per_keypoint = pck(np.concatenate(predicted), data.keypoints, data.labelled, lengths)
-    counted = int((np.nan_to_num(lengths) > 0).sum())
-    names = (str(n) for n in data.skeleton.names)
-    return PckResult(total, dict(zip(names, (float(v) for v in per_keypoint), strict=True)), counted)
+    codec = estimator.info.codec
+    if isinstance(codec, AssociativeEmbeddingCodec):
+        return _evaluate_whole_images(estimator, data, evaluator, quiet)
+    n, k = len(data), data.skeleton.num_keypoints
+    keypoints, scores = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
+    done, unreadable = np.zeros(n, bool), []
+    order: dict[Path, list[int]] = {}
+    for i, path in enumerate(data.images):
+        order.setdefault(path, []).append(i)
+    waiting: list[tuple[Array, list[int]]] = []
+
+    def run() -> None:
+        found = estimator.estimate([image for image, _ in waiting], [data.boxes[rows] for _, rows in waiting])
+        for (_, rows), poses in zip(waiting, found, strict=True):
+            keypoints[rows], scores[rows], done[rows] = poses.keypoints, poses.keypoint_scores, True
+        waiting.clear()
+
+    for path, rows in tqdm(order.items(), unit="image", disable=quiet):
+        try:
+            image = data.read(rows[0])
+        except ImageError as error:
+            data.report.add(UNREADABLE, error)
+            unreadable.append(path)
+            continue
+        height, width = image.shape[:2]
+        x1, y1, x2, y2 = data.boxes[rows].T
+        usable = (x2 > x1) & (y2 > y1) & (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0)
+        usable &= np.isfinite(data.boxes[rows]).all(1)
+        for row in np.array(rows)[~usable]:
+            data.report.add("box outside the image (not estimated)", f"{path.name}: {data.boxes[row].tolist()}")
+        if usable.any():
+            waiting.append((image, [row for row, good in zip(rows, usable, strict=True) if good]))
+        if sum(len(r) for _, r in waiting) >= estimator.batch_size:
+            run()
+    if waiting:
+        run()
+
+    rows = np.flatnonzero(done)
+    rest = data.take(rows).without_images(unreadable)
+    if len(rest.image_files()) == 0 or (len(rest) == 0 and rest.metric != "AP"):
+        raise ValueError(f"nothing is left to evaluate: {data.report.to_text() or 'the data set is empty'}")
+    score = score_poses(
+        rest,
+        keypoints[rows],
+        scores[rows],
+        nms=nms,
+        nms_threshold=nms_threshold,
+        keypoint_threshold=keypoint_threshold,
+        crop_areas=_crop_areas(estimator.info, codec.convention, rest.boxes),
+        evaluator=evaluator,
+    )
+    return Evaluation(score, rest, keypoints[rows], scores[rows])
+
+
+def _evaluate_whole_images(estimator: PoseEstimator, data: PoseData, evaluator: str, quiet: bool) -> Evaluation:
+    """AP of a bottom-up network: it finds the people itself, in every image, and its scores are taken as they are."""
+    if data.metric != "AP" or data.annotated is None:
+        raise ValueError(f"{estimator.model_name} finds people itself, which is scored by AP only, not {data.metric}")
+    annotated, unreadable = data.annotated, []
+    found: list[tuple[int, Poses]] = []
+    for i, path in enumerate(tqdm(annotated.files, unit="image", disable=quiet)):
+        try:
+            found.append((i, estimator.estimate([annotated.read(i)], [None])[0]))
+        except ImageError as error:
+            data.report.add(UNREADABLE, error)
+            unreadable.append(path)
+    if not found:
+        raise ValueError(f"nothing is left to evaluate: {data.report.to_text() or 'the data set is empty'}")
+    index = np.repeat([i for i, _ in found], [len(poses) for _, poses in found])
+    keypoints = np.concatenate([poses.keypoints for _, poses in found])
+    keypoint_scores = np.concatenate([poses.keypoint_scores for _, poses in found])
+    scores = np.concatenate([poses.scores for _, poses in found])
+    entries = to_results(annotated, index, keypoints, keypoint_scores, scores)
+    rest = data.without_images(unreadable)
+    assert rest.annotated is not None
+    score = score_results(rest.annotated, entries, data.skeleton, evaluator)
+    return Evaluation(score, rest, keypoints, keypoint_scores)
+
+
+def _crop_areas(info: WeightsInfo, convention: str, boxes: Array) -> Array:
+    """Square pixels of the image that the crops around `boxes` cover, [N]."""
+    matrices = [crop_matrix(box, info.input_size, info.padding, convention=convention) for box in boxes]
+    zooms = np.array([abs(np.linalg.det(m[:, :2])) for m in matrices], np.float64)
+    return np.asarray(info.input_size[0] * info.input_size[1] / zooms)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as JSON, atomically."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def _none_for_nan(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def to_text(score: Score) -> str:
+    """The numbers as a table for people, in percent."""
+    lines = [f"{name:<16}{value:6.1f}" for name, value in score.per_keypoint.items()]
+    if score.metric == "PCK@0.2":
+        return "\n".join(
+            [*lines, f"{'PCK@0.2':<16}{score.value:6.1f}  ({score.people} people with a measurable torso)"]
+        )
+    if score.metric == "PCKh@0.5":
+        lines += [f"{name:<16}{value:6.1f}" for name, value in score.numbers.items()]
+        return "\n".join([*lines, f"({score.people} people with a head box)"])
+    lines = ["similarity of the best pose of each person, by keypoint:", *lines, ""]
+    lines += [f"{name:<16}{'-' if value < 0 else f'{100 * value:.1f}':>6}" for name, value in score.numbers.items()]
+    return "\n".join([*lines, f"({score.people} people)"])

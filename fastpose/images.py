@@ -20,8 +20,8 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names it and the reason."""
 
 
-def read_image(path: str | Path) -> Array:
-    """Read an image file as uint8 RGB [H, W, 3], turned upright by its EXIF orientation.
+def read_image(path: str | Path, upright: bool = True) -> Array:
+    """Read an image file as uint8 RGB [H, W, 3], turned upright by its EXIF orientation unless `upright` is false.
 
     Grey, alpha and 16-bit images are converted (alpha is dropped).
 
@@ -45,7 +45,8 @@ def read_image(path: str | Path) -> Array:
         raise ImageError(f"{path}: truncated JPEG (no end marker)")
     level = _silence(cv2)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise ImageError(f"{path}: cannot be decoded: {str(error).strip().splitlines()[-1]}") from None
     finally:

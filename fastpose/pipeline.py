@@ -1,11 +1,15 @@
 """`PoseEstimator`: images in, poses out.
 
-image -> boxes (given or detected) -> crops of all images batched through the network -> heatmap decoding -> original
-pixels -> rescoring -> one OKS-NMS call for all images -> `Poses`.
+Top-down: image -> boxes (given or detected) -> crops of all images batched through the network -> heatmap decoding ->
+original pixels -> rescoring -> one OKS-NMS call for all images -> `Poses`.
+
+Bottom-up: image -> resized as a whole through the network -> heatmaps and tags -> grouping -> original pixels ->
+`Poses`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -14,18 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpose.checkpoints import WeightsInfo, read_info, resolve_weights
+from fastpose.checkpoints import WeightsInfo, describe_weights, resolve_weights
+from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec, get_codec
+from fastpose.data.base import boxes_of_keypoints
 from fastpose.detect import Detector, make_detector, whole_image
-from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
+from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop, whole_image_matrix
 from fastpose.images import Array, to_rgb
 from fastpose.layers import channels_last
 from fastpose.models import create_model
+from fastpose.models._registry import is_bottom_up
 from fastpose.ops import oks_nms, rescore, use_fused
 from fastpose.plan import NotOptimizable
 from fastpose.plan import optimize as fastpose_optimize
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize
-from fastpose.skeletons import Skeleton, get_skeleton
+from fastpose.skeletons import Skeleton
 
 # preparing an optimised network costs about as much as it saves on so many crops
 OPTIMIZE_AFTER = 128
@@ -38,15 +45,20 @@ class BoxError(ValueError):
 class PoseEstimator:
     """Find people's keypoints in images.
 
+    Bottom-up networks, those with `AssociativeEmbeddingCodec`, find the people themselves: they need no detector, take
+    no boxes and give no duplicates; the instance score is the mean keypoint score, and boxes are the keypoints' extent.
+
     Args:
-        model: network name, see `fastpose.list_models`.
-        weights: ``"default"`` (shipped with the package) or the path of a fastpose ``.safetensors`` file. Input size,
-            crop rule, decoder and skeleton come from its metadata.
+        model: network name, see `fastpose.list_models`, or ``"auto"`` to find it by the weights.
+        weights: ``"default"`` (shipped with the package) or the path of a file of any format that
+            `fastpose.load_checkpoint` accepts. Input size, crop rule, decoder and skeleton come from the metadata of a
+            fastpose file; for others' they are what is customary, see `checkpoints.describe_weights`, and can be
+            corrected by the arguments from `skeleton` on.
         detector: where boxes come from when none are given: ``"auto"`` (OpenCV's HOG people detector, or the whole
             image where its keypoints score higher than those of HOG's people), ``"hog"``, ``"none"`` (the whole image)
             or a callable ``image -> boxes [P, 4] xyxy`` or ``-> (boxes, scores)``.
         device: where the network runs, e.g. ``"cpu"`` or ``"cuda"``; default CPU.
-        batch_size: crops per forward pass.
+        batch_size: crops per forward pass; a whole image for a bottom-up network counts as 8.
         flip_test: average with the mirrored crop: more accurate, twice the work. None: as the weights recommend.
         nms: suppression of duplicates among detected people: ``"hard"``, ``"soft"``, ``"parallel"`` or ``"none"``;
             nms_threshold: see `fastpose.ops.oks_nms`. Given boxes are never suppressed.
@@ -54,9 +66,15 @@ class PoseEstimator:
         optimize: run the network through `fastpose.optimize`, which takes some seconds to prepare. None: on a CPU, once
             it pays, which is after `OPTIMIZE_AFTER` crops, and where the network and the installation allow it.
         channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
+        skeleton: the keypoints, a built-in skeleton's name or a `Skeleton`.
+        input_size: (height, width) of the crops; for bottom-up networks the lesser number is the shorter side.
+        padding: crop side in units of the box's longer side.
+        codec: ``"softmax"``, ``"msra"``, ``"dark"``, ``"udp"``, ``"associative"`` or an instance from
+            `fastpose.codecs`.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: unknown model or detector, weights missing or unfit.
+        ValueError, FileNotFoundError, ImportError: unknown model or detector, weights missing or unfit, settings that
+            do not fit the network.
     """
 
     def __init__(
@@ -73,6 +91,10 @@ class PoseEstimator:
         keypoint_threshold: float = 0.1,
         optimize: bool | None = None,
         channel_order: str = "rgb",
+        skeleton: str | Skeleton | None = None,
+        input_size: tuple[int, int] | None = None,
+        padding: float | None = None,
+        codec: str | Codec | None = None,
     ) -> None:
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
@@ -80,18 +102,25 @@ class PoseEstimator:
             raise ValueError(f"nms must be 'hard', 'soft', 'parallel' or 'none', got {nms!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model_name = model
         self.device = torch.device("cpu" if device is None else device)
         network = create_model(model, weights=weights)
-        self.info: WeightsInfo = read_info(resolve_weights(weights, model))
-        self.skeleton: Skeleton = get_skeleton(self.info.skeleton)
+        path = resolve_weights(weights, model)
+        name = skeleton.name if isinstance(skeleton, Skeleton) else skeleton
+        info = describe_weights(path, model, name)
+        changes: dict[str, Any] = {"skeleton": name, "padding": padding, "input_size": input_size}
+        changes["codec"] = get_codec(codec) if isinstance(codec, str) else codec
+        self.info: WeightsInfo = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})
+        self.model_name = info.model
+        self.skeleton: Skeleton = skeleton if isinstance(skeleton, Skeleton) else self.info.get_skeleton()
+        _check_settings(self.info, self.skeleton, network)
         self.model = channels_last(network.to(self.device))
         self._crops_until_optimized = 0 if optimize else OPTIMIZE_AFTER
         self._may_optimize = optimize is True or (optimize is None and self.device.type == "cpu" and use_fused())
         if optimize:
             self._optimize(required=True)
-        self.detector, self.notice = make_detector(detector)
-        self.try_whole_image = isinstance(detector, str) and detector == "auto"
+        self.bottom_up = isinstance(self.info.codec, AssociativeEmbeddingCodec)
+        self.detector, self.notice = make_detector("none" if self.bottom_up else detector)
+        self.try_whole_image = not self.bottom_up and isinstance(detector, str) and detector == "auto"
         self.batch_size = batch_size
         self.flip_test = self.info.flip_test if flip_test is None else flip_test
         self.nms, self.nms_threshold = nms, nms_threshold
@@ -126,6 +155,10 @@ class PoseEstimator:
 
     def estimate(self, images: list[Array], boxes: Sequence[Any]) -> list[Poses]:
         """The same for RGB arrays [H, W, 3] and one entry of boxes (or None) per image."""
+        if isinstance(self.info.codec, AssociativeEmbeddingCodec):
+            if any(given is not None for given in boxes):
+                raise BoxError(f"{self.model_name} finds people itself and cannot be told boxes: boxes must be None")
+            return self._estimate_whole_images(images, self.info.codec)
         found = [self._boxes(image, given) for image, given in zip(images, boxes, strict=True)]
         counts = [len(b) for b, _, _ in found]
         index = np.repeat(np.arange(len(images)), counts)
@@ -165,6 +198,35 @@ class PoseEstimator:
             )
         return results
 
+    @torch.inference_mode()
+    def _estimate_whole_images(self, images: list[Array], codec: AssociativeEmbeddingCodec) -> list[Poses]:
+        """Poses by a bottom-up network."""
+        flip_indices = self.skeleton.flip_indices if self.flip_test else None
+        maps = [whole_image_matrix((i.shape[0], i.shape[1]), min(self.info.input_size)) for i in images]
+        of_size: dict[tuple[int, int], list[int]] = {}
+        for i, (_, size) in enumerate(maps):
+            of_size.setdefault(size, []).append(i)
+        results: dict[int, Poses] = {}
+        step = max(1, self.batch_size // 8)
+        for size, indices in of_size.items():
+            for start in range(0, len(indices), step):
+                part = indices[start : start + step]
+                resized = np.stack([warp_crop(images[i], maps[i][0], size, self.info.antialias) for i in part])
+                x = normalize(torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device))
+                x = x.contiguous(memory_format=torch.channels_last)
+                mirrored = None if flip_indices is None else self.model(x.flip(3))
+                found = codec.decode(*codec.aggregate(self.model(x), mirrored, flip_indices))
+                for i, (people, scores) in zip(part, found, strict=True):
+                    there = people[..., 2] > 0
+                    keypoints = apply_affine(invert_affine(maps[i][0]), people[..., :2].astype(np.float64))
+                    keypoints[~there] = 0
+                    best = np.argsort(-scores, kind="stable")
+                    image_size = (images[i].shape[0], images[i].shape[1])
+                    boxes = boxes_of_keypoints(keypoints, there, 0.0)
+                    poses = Poses(keypoints, people[..., 2], boxes, scores, image_size, self.skeleton)
+                    results[i] = poses[best]
+        return [results[i] for i in range(len(images))]
+
     def _boxes(self, image: Array, given: Any) -> tuple[Array, Array, bool]:
         if given is not None:
             checked = check_boxes(given, image.shape[0], image.shape[1])
@@ -191,15 +253,19 @@ class PoseEstimator:
         k, size = self.skeleton.num_keypoints, self.info.input_size
         keypoints = np.zeros((len(boxes), k, 2), np.float32)
         scores = np.zeros((len(boxes), k), np.float32)
-        matrices = [crop_matrix(box, size, self.info.padding) for box in boxes]
+        codec = self.info.codec
+        assert isinstance(codec, HeatmapCodec)
+        flip_indices = self.skeleton.flip_indices if self.flip_test else None
+        matrices = [crop_matrix(box, size, self.info.padding, convention=codec.convention) for box in boxes]
         self._crops_until_optimized -= len(boxes)
         if self._may_optimize and self._crops_until_optimized < 0:
             self._optimize(required=False)
         for start in range(0, len(boxes), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(boxes)))
-            crops = np.stack([warp_crop(images[i], m, size) for i, m in zip(index[part], matrices[part], strict=True)])
+            pairs = zip(index[part], matrices[part], strict=True)
+            crops = np.stack([warp_crop(images[i], m, size, self.info.antialias) for i, m in pairs])
             batch = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
-            points, point_scores = estimate_crops(self.model, batch, self.info, self.flip_test)
+            points, point_scores = estimate_crops(self.model, batch, codec, flip_indices)
             back = invert_affine(np.stack(matrices[part]))
             keypoints[part] = apply_affine(back, points.cpu().numpy().astype(np.float64))
             scores[part] = point_scores.cpu().numpy()
@@ -235,16 +301,36 @@ class PoseEstimator:
 
 
 @torch.inference_mode()
-def estimate_crops(model: nn.Module, crops: Tensor, info: WeightsInfo, flip_test: bool) -> tuple[Tensor, Tensor]:
-    """Keypoints [B, K, 2] in crop pixels and scores [B, K] from uint8 RGB crops [B, 3, h, w]."""
+def estimate_crops(
+    model: nn.Module, crops: Tensor, codec: HeatmapCodec, flip_indices: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Keypoints [B, K, 2] in crop pixels and scores [B, K] from uint8 RGB crops [B, 3, h, w].
+
+    flip_indices: of the skeleton, for the flip test; None to go without.
+    """
     x = normalize(crops).contiguous(memory_format=torch.channels_last)
-    probabilities = info.codec.probabilities(model(x))
-    if flip_test:
-        order = get_skeleton(info.skeleton).flip_indices
-        mirrored = info.codec.probabilities(model(x.flip(3)))
-        # heatmap cells lie symmetrically in the crop, so mirroring needs no shift
-        probabilities = (probabilities + mirrored.flip(3)[:, order]) / 2
-    return info.codec.decode(probabilities)
+    heatmaps = codec.heatmaps(model(x))
+    if flip_indices is not None:
+        heatmaps = codec.average_flipped(heatmaps, codec.heatmaps(model(x.flip(3))), flip_indices)
+    return codec.decode(heatmaps)
+
+
+def _check_settings(info: WeightsInfo, skeleton: Skeleton, network: nn.Module) -> None:
+    """Raise ValueError for what a user may have chosen and the network cannot do."""
+    if skeleton.num_keypoints != info.num_keypoints:
+        raise ValueError(
+            f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the weights have {info.num_keypoints}"
+        )
+    bottom_up = isinstance(info.codec, AssociativeEmbeddingCodec)
+    if bottom_up != is_bottom_up(info.model):
+        kind = "top-down" if bottom_up else "bottom-up"
+        raise ValueError(f"{info.model} is a {kind} network, for which codec {info.codec.type!r} is not made")
+    if not info.padding > 0:
+        raise ValueError(f"padding must be positive, got {info.padding}")
+    multiple = int(getattr(network, "input_multiple", 1))
+    sides = tuple(info.input_size)
+    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 and n % multiple == 0 for n in sides):
+        raise ValueError(f"input_size must be (height, width), positive multiples of {multiple}, got {sides}")
 
 
 def check_boxes(boxes: Any, height: int, width: int, what: str = "boxes") -> Array:

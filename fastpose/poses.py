@@ -22,8 +22,9 @@ class Poses:
 
     Attributes:
         keypoints: float32 [P, K, 2], (x, y) in pixels of the original image, integer = pixel centre.
-        keypoint_scores: float32 [P, K] in [0, 1]. How sure the network is of the position; it does not tell a visible
-            keypoint from a hidden one.
+        keypoint_scores: float32 [P, K], from 0 to 1. How sure the network is of the position; it does not tell a
+            visible keypoint from a hidden one. Where it is the maximum of a heatmap that was trained as such, as in
+            most published networks, it can exceed 1 a little.
         boxes: float32 [P, 4], xyxy pixels.
         scores: float32 [P], the instance scores: box score times mean keypoint score.
         image_size: (height, width) of the image.

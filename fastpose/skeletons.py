@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,48 @@ MPII16 = Skeleton(
     upper_body=tuple(range(7, 16)),
 )
 
-SKELETONS: dict[str, Skeleton] = {s.name: s for s in (COCO17, LSP14, MPII16)}
+CROWDPOSE14 = Skeleton(
+    name="crowdpose14",
+    names=(
+        "left_shoulder",
+        "right_shoulder",
+        "left_elbow",
+        "right_elbow",
+        "left_wrist",
+        "right_wrist",
+        "left_hip",
+        "right_hip",
+        "left_knee",
+        "right_knee",
+        "left_ankle",
+        "right_ankle",
+        "head",
+        "neck",
+    ),
+    links=(
+        (10, 8),
+        (8, 6),
+        (11, 9),
+        (9, 7),
+        (6, 7),
+        (0, 6),
+        (1, 7),
+        (0, 2),
+        (1, 3),
+        (2, 4),
+        (3, 5),
+        (12, 13),
+        (0, 13),
+        (1, 13),
+    ),
+    flip_pairs=((0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)),
+    # fmt: off
+    sigmas=(0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089, 0.079, 0.079),
+    # fmt: on
+    upper_body=(0, 1, 2, 3, 4, 5, 12, 13),
+)
+
+SKELETONS: dict[str, Skeleton] = {s.name: s for s in (COCO17, LSP14, MPII16, CROWDPOSE14)}
 
 
 def get_skeleton(name: str) -> Skeleton:
@@ -239,3 +286,101 @@ def get_skeleton(name: str) -> Skeleton:
     if name not in SKELETONS:
         raise ValueError(f"unknown skeleton {name!r}; known: {', '.join(SKELETONS)}")
     return SKELETONS[name]
+
+
+DEFAULT_SIGMA = 0.07
+
+
+def read_skeleton(path: str | Path) -> Skeleton:
+    """Skeleton of one's own from a TOML or JSON file; the fields are those of `Skeleton`.
+
+    Only ``names`` is needed. Keypoints in ``links``, ``flip_pairs`` and ``upper_body`` are given by name or index.
+    Without ``flip_pairs`` names that differ by left and right are paired; without ``sigmas`` all are 0.07.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not TOML or JSON, or contents that do not fit; names the field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"skeleton file {path} does not exist")
+    if path.suffix.lower() not in (".toml", ".json"):
+        raise ValueError(f"skeleton file {path} must end in .toml or .json")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix.lower() == ".json" else _tomllib().loads(text)
+    except ValueError as error:  # both decoders' errors and a wrong encoding
+        raise ValueError(f"skeleton file {path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    try:
+        return skeleton_from_dict(content, path.stem)
+    except ValueError as error:
+        raise ValueError(f"skeleton file {path}: {error}") from None
+
+
+def skeleton_from_dict(content: Any, name: str = "custom") -> Skeleton:
+    """`Skeleton` from plain values as `read_skeleton` describes; `name` is used if they hold none."""
+    known = ("name", "names", "links", "flip_pairs", "sigmas", "upper_body")
+    if not isinstance(content, dict) or not isinstance(content.get("names"), (list, tuple)) or not content["names"]:
+        raise ValueError(f"expected a table with 'names', a list of keypoint names, and optionally {known}")
+    for key in content:
+        if key not in known:
+            raise ValueError(f"unknown field {key!r} (known: {', '.join(known)})")
+    names = tuple(content["names"])
+    if not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"names must be texts, got {list(names)}")
+
+    def index(value: Any, where: str) -> int:
+        if value in names:
+            return names.index(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+            return value
+        raise ValueError(f"{where}: {value!r} is neither a keypoint's name nor an index below {len(names)}")
+
+    def indices(key: str) -> list[Any]:
+        value = content.get(key, [])
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key} must be a list, got {value!r}")
+        return list(value)
+
+    def pairs(key: str) -> tuple[tuple[int, int], ...]:
+        for pair in indices(key):
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise ValueError(f"{key} must hold pairs of keypoints, got {pair!r}")
+        return tuple((index(a, key), index(b, key)) for a, b in indices(key))
+
+    sigmas = indices("sigmas") if "sigmas" in content else [DEFAULT_SIGMA] * len(names)
+    if not all(isinstance(s, (int, float)) and not isinstance(s, bool) and math.isfinite(s) for s in sigmas):
+        raise ValueError(f"sigmas must be numbers, got {sigmas}")
+    return Skeleton(
+        name=str(content.get("name", name)),
+        names=names,
+        links=pairs("links"),
+        flip_pairs=pairs("flip_pairs") if "flip_pairs" in content else _mirrored(names),
+        sigmas=tuple(float(s) for s in sigmas),
+        upper_body=tuple(index(v, "upper_body") for v in indices("upper_body")),
+    )
+
+
+def skeleton_to_dict(skeleton: Skeleton) -> dict[str, Any]:
+    """Plain values, from which `skeleton_from_dict` makes an equal skeleton."""
+    return dataclasses.asdict(skeleton)
+
+
+def _mirrored(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """Pairs of names that differ in the word left or right, or in the letter l or r as a word: ``left_eye``, ``eye.R``.
+
+    Words are separated by anything that is not a letter or digit.
+    """
+    other = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "l": "r", "L": "R"}
+    pairs = []
+    for i, name in enumerate(names):
+        words = re.split(r"([^A-Za-z0-9]+)", name)
+        mirrored = "".join(other.get(word, word) for word in words)
+        if mirrored != name and mirrored in names:
+            pairs.append((i, names.index(mirrored)))
+    return tuple(pairs)
+
+
+def _tomllib() -> Any:
+    from fastpose.config import tomllib
+
+    return tomllib

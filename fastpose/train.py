@@ -3,7 +3,8 @@
 A run is described by a `TrainConfig` (a recipe file plus overrides) and lives in one folder:
 
 * ``config.json``: every setting, package and library versions, command line;
-* ``log.csv``: one line per report (step, epoch, size, learning rate, loss, images/s) and per validation (PCK);
+* ``data.json``: how many images and people there are, and what was left out and why;
+* ``log.csv``: one line per validation (step, epoch, size, learning rate, loss, images/s, PCK, PCKh or AP in percent);
 * ``last.pt``: everything needed to go on after a kill (parameters, optimizer, average, step, best result);
 * ``best.safetensors``, ``final.safetensors``: averaged weights, ready for `create_model(weights=...)`.
 
@@ -32,20 +33,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastpose.checkpoints import WeightsInfo, save_weights
-from fastpose.codecs import SoftmaxHeatmapCodec
-from fastpose.data import PoseData, load_lspet
+from fastpose.checkpoints import WeightsInfo, load_pretrained, resolve_weights, save_weights
+from fastpose.codecs import SoftmaxHeatmapCodec, TopDownCodec
+from fastpose.data import DATASETS, METRICS, PoseData, load_dataset
 from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches
 from fastpose.files import write_atomically
 from fastpose.layers import channels_last
-from fastpose.metrics import pck, torso_lengths
 from fastpose.models import create_model
 from fastpose.preprocess import normalize
+from fastpose.skeletons import SKELETONS, skeleton_to_dict
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,21 @@ class TrainConfig:
     """Everything that decides the outcome of a run.
 
     Attributes:
-        data: folder of the unpacked data set; dataset: ``"lspet"``.
+        data: folder of the unpacked data set; dataset: its kind, see `fastpose.data.load_dataset`; splits: names of the
+            parts to train and validate on; skeleton: for dataset "custom", a file or the name of a built-in one.
+        metric: decides which weights are the best: "PCK@0.2", "PCKh@0.5" or "AP"; empty: as usual for the data set.
         stages: run one after the other under one learning rate schedule.
         optimizer: ``"adamw"``, or ``"muon"``: Muon for the weights of dense 1x1 convolutions, AdamW for the rest.
         lr: peak learning rate of AdamW; muon_lr: of Muon. Linear warm-up over `warmup` of all steps, constant until
             `decay_start` of them, then half a cosine to 0.
         weight_decay: on tensors with more than one dimension. clip: bound on the gradient's norm.
         ema: decay of the weights' moving average, which is what is validated and saved.
-        padding: crop side in units of the box's longer side. codec: target and decoder.
-        validate_every: epochs between validations; limit: use only the first people of each split (0: all).
-        init: weights file to start from instead of random numbers.
+        padding: crop side in units of the box's longer side. codec: target, loss and decoder; ``codec.type`` is
+            ``"softmax"``, ``"msra"``, ``"dark"`` or ``"udp"``, see `fastpose.codecs`.
+        validate_every: epochs between validations; limit: use only the first images of each split (0: all).
+        memory: decoded people are kept in memory up to so many gigabytes per process, the others are read every time.
+        init: weights to start from instead of random numbers, "default" or a file; if they are for other keypoints,
+            everything but the last layer is taken.
     """
 
     data: str
@@ -88,7 +94,7 @@ class TrainConfig:
     clip: float = 10.0
     ema: float = 0.998
     padding: float = 1.10
-    codec: SoftmaxHeatmapCodec = field(default_factory=SoftmaxHeatmapCodec)
+    codec: TopDownCodec = field(default_factory=SoftmaxHeatmapCodec)
     augment: Augmentation = field(default_factory=Augmentation)
     validate_every: float = 2.0
     workers: int = 1
@@ -96,10 +102,16 @@ class TrainConfig:
     seed: int = 0
     limit: int = 0
     init: str = ""
+    splits: tuple[str, str] = ("train", "val")
+    skeleton: str = ""
+    metric: str = ""
+    memory: float = 8.0
 
     def __post_init__(self) -> None:
-        if self.dataset != "lspet":
-            raise ValueError(f"dataset must be 'lspet', got {self.dataset!r}")
+        if self.dataset not in DATASETS:
+            raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {self.dataset!r}")
+        if self.metric not in ("", *METRICS):
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
         if not self.stages:
@@ -194,11 +206,13 @@ class Average:
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> float:
-    """Run (or with `resume` continue) the training that `config` describes; returns the best validation PCK@0.2.
+    """Run (or with `resume` continue) the training that `config` describes; returns the best validation result
+    in percent (NaN if nothing could be measured), in the metric of the config or else the data set's usual one.
 
     Raises:
         FileExistsError: the output folder holds a run and `resume` is false.
         FileNotFoundError: data set missing, or nothing to resume.
+        ValueError: data or settings that cannot be used.
         FloatingPointError: the loss became NaN or infinite; the batch is saved as ``nan_batch.pt`` in the output.
     """
     output = Path(config.output)
@@ -216,17 +230,17 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
 
-    train_data, val_data = load_lspet(config.data, "train"), load_lspet(config.data, "val")
-    if config.limit:
-        train_data = train_data.take(np.arange(min(config.limit, len(train_data))))
-        val_data = val_data.take(np.arange(min(config.limit, len(val_data))))
+    train_data, val_data = (_load_data(config, split) for split in config.splits)
     schedule = Schedule(config, len(train_data))
-    store = CropStore(train_data, config.padding, side=max(max(s.size) for s in config.stages))
+    store = CropStore(train_data, config.padding, max(max(s.size) for s in config.stages), config.memory * 2**30)
 
     skeleton = train_data.skeleton
     model = create_model(config.model, num_keypoints=skeleton.num_keypoints)
     if config.init:
-        model = create_model(config.model, num_keypoints=skeleton.num_keypoints, weights=config.init).train()
+        path = resolve_weights(config.init, config.model)
+        left = load_pretrained(model, config.model, skeleton.num_keypoints, path)
+        if left and rank == 0:
+            print(f"fastpose: {path.name} is for other keypoints; starting anew: {', '.join(left)}", file=sys.stderr)
     model = channels_last(model)
     optimizer, average = Optimizer(model, config), Average(model, config.ema)
     step, best = 0, -1.0
@@ -238,11 +252,14 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
         step, best = state["step"], state["best"]
     elif rank == 0:
         _write_config(config, output / "config.json")
+    if rank == 0:
+        _report(output / "data.json", train=train_data, val=val_data)
     network: nn.Module = model
     if world > 1:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     log = _Log(output / "log.csv")
+    column = {"PCK@0.2": "val_pck", "PCKh@0.5": "val_pckh", "AP": "val_ap"}[val_data.metric]
     progress = tqdm(total=schedule.total, initial=step, desc=config.model, unit="step", disable=quiet or rank > 0)
     stage_end = 0
     for stage, stage_steps, per_epoch in zip(config.stages, schedule.steps, schedule.per_epoch, strict=True):
@@ -250,12 +267,13 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
         if step >= stage_end:
             continue
         # the stage's first step enters the seed: otherwise each stage would repeat the augmentation of the one before
-        dataset = CropDataset(store, stage.size, config.augment, seed=config.seed * 1000003 + stage_start)
+        seed = config.seed * 1000003 + stage_start
+        dataset = CropDataset(store, stage.size, config.augment, seed, config.codec.convention)
         batches = ResumableBatches(
-            len(store.people),
+            len(store),
             stage.batch_size,
             stage_steps,
-            config.seed * 1000003 + stage_start,
+            seed,
             first_step=step - stage_start,
             rank=rank,
             world=world,
@@ -269,6 +287,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
             input_size=stage.size,
             padding=config.padding,
             codec=config.codec,
+            skeleton_definition={} if SKELETONS.get(skeleton.name) == skeleton else skeleton_to_dict(skeleton),
         )
         validate_steps = max(1, round(config.validate_every * per_epoch))
         model.train()
@@ -293,7 +312,9 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
             at_end = step == stage_end
             if ((step - stage_start) % validate_steps == 0 or at_end) and rank == 0:
                 seconds = time.time() - started
-                result, _ = validate(average.state, val_data, info)
+                candidate = output / "candidate.safetensors"
+                save_weights(candidate, average.state, info)
+                result, val_data = validate(candidate, val_data)
                 log.write(
                     step=step,
                     epoch=round((step - stage_start) / per_epoch, 2),
@@ -301,12 +322,14 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
                     lr_factor=round(factor, 4),
                     loss=round(float(np.mean(losses)), 4),
                     images_per_s=round(images / seconds, 1),
-                    val_pck=round(result, 2),
+                    **{column: round(result, 2)},
                 )
-                progress.set_postfix(loss=f"{np.mean(losses):.3f}", val_pck=f"{result:.1f}")
-                if result > best:
-                    best = result
-                    save_weights(output / "best.safetensors", average.state, info)
+                progress.set_postfix(loss=f"{np.mean(losses):.3f}", **{column: f"{result:.1f}"})
+                # of equals the later: with few images to validate on AP stays 0 for long
+                if result >= best or not (output / "best.safetensors").is_file():
+                    best = max(best, result) if math.isfinite(result) else best
+                    os.replace(candidate, output / "best.safetensors")
+                candidate.unlink(missing_ok=True)
                 state = {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -322,32 +345,38 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
     progress.close()
     if world > 1:
         torch.distributed.destroy_process_group()
-    return best
+    return best if best >= 0 else math.nan
 
 
-@torch.inference_mode()
-def validate(
-    state: dict[str, Tensor], data: PoseData, info: WeightsInfo, flip: bool = False
-) -> tuple[float, np.ndarray[Any, Any]]:
-    """PCK@0.2 (torso) of the weights `state` on `data`: over all keypoints, and per keypoint [K].
+def _load_data(config: TrainConfig, split: str) -> PoseData:
+    skeleton, metric = config.skeleton or None, config.metric or None
+    data = load_dataset(config.dataset, config.data, split, skeleton=skeleton, limit=config.limit, metric=metric)
+    if len(data) == 0:
+        raise ValueError(f"nobody to estimate in the split {split!r}: {data.report.to_text() or 'it is empty'}")
+    return data
 
-    This is `PoseEstimator` on the annotated boxes.
+
+def _report(path: Path, **parts: PoseData) -> None:
+    """Write what was found in the data and say what is wrong with it."""
+    content = {}
+    for name, data in parts.items():
+        content[name] = {"images": len(data.image_files()), "people": len(data), "findings": data.report.to_dict()}
+        if data.report.wrong:
+            print(f"fastpose: in the {name} data:\n{data.report.to_text(wrong_only=True)}", file=sys.stderr)
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def validate(weights: Path, data: PoseData, flip_test: bool = False) -> tuple[float, PoseData]:
+    """Score in percent of a weights file on the annotated boxes of `data`, and the part of `data` that could be used.
+
+    This is what ``fastpose evaluate`` does.
     """
-    from fastpose.pipeline import estimate_crops
+    from fastpose.evaluate import evaluate
+    from fastpose.pipeline import PoseEstimator
 
-    model = create_model(info.model, num_keypoints=info.num_keypoints)
-    model.load_state_dict(state)
-    channels_last(model.eval())
-    store = CropStore(data, info.padding, side=max(info.input_size))
-    dataset = CropDataset(store, info.input_size)
-    predicted = []
-    for start in range(0, len(data), 32):
-        samples = [dataset[i] for i in range(start, min(start + 32, len(data)))]
-        crops = torch.stack([s[0] for s in samples])
-        predicted.append(estimate_crops(model, crops, info, flip)[0].numpy())
-    # compared in crop pixels: the map from image to crop keeps ratios of lengths
-    truth = np.stack([np.asarray(dataset[i][1]) for i in range(len(data))])
-    return pck(np.concatenate(predicted), truth, data.labelled, torso_lengths(truth, data.labelled, data.skeleton))
+    estimator = PoseEstimator("auto", weights, detector="none", flip_test=flip_test)
+    result = evaluate(estimator, data)
+    return result.score.value, result.data
 
 
 class _Log:

@@ -108,3 +108,22 @@ def test_config_options_travel_with_the_weights(tmp_path):
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+def test_pretrained_for_other_keypoints(tmp_path):
+    """Everything but the last layer is taken; a network of another kind is refused."""
+    from fastpose.checkpoints import load_pretrained
+
+    torch.save(build("mobileposenet", num_keypoints=17).state_dict(), tmp_path / "w.pth")
+    given = torch.load(tmp_path / "w.pth", weights_only=True)
+    model = build("mobileposenet", num_keypoints=5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    left = load_pretrained(model, "mobileposenet", 5, tmp_path / "w.pth")
+    assert left and len(left) <= 2
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if key in left else given[key]), key
+    same = build("mobileposenet", num_keypoints=17)
+    assert load_pretrained(same, "mobileposenet", 17, tmp_path / "w.pth") == []
+    assert all(torch.equal(v, given[k]) for k, v in same.state_dict().items())
+    with pytest.raises(ValueError, match="do not fit"):
+        load_pretrained(build("hrnet_w32", num_keypoints=5), "hrnet_w32", 5, tmp_path / "w.pth")

@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
+from tests import datasets
+
 
 def fastpose(*arguments, cwd):
     return subprocess.run(
@@ -129,3 +131,22 @@ def test_models_table(tmp_path):
     assert "1,505,279" in row and "0.557" in row and "AP 66.2 COCO val" in row
     rows = {r["name"]: r for r in json.loads(fastpose("models", "--json", cwd=tmp_path).stdout)}
     assert rows["mobileposenet"]["macs"] == 557_328_992 and rows["mobileposenet"]["published"][0]["gflops"] == 0.557
+
+
+def test_validate_data(tmp_path):
+    datasets.write_standard_coco(tmp_path / "data")
+    done = fastpose("validate-data", "data", "--dataset", "coco", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "coco val: 6 images, 10 people, 0 things wrong" in done.stdout
+    (tmp_path / "data" / "val2017" / "002.png").unlink()
+    (tmp_path / "data" / "val2017" / "003.png").write_bytes(b"")
+    done = fastpose("validate-data", "data", "--dataset", "coco", cwd=tmp_path)
+    assert (
+        done.returncode == 2 and "image file missing: 1" in done.stdout and "003.png: the file is empty" in done.stdout
+    )
+    done = fastpose("validate-data", "data", "--dataset", "coco", "--json", "--limit", 3, cwd=tmp_path)
+    report = json.loads(done.stdout)
+    assert done.returncode == 2 and report["images"] == 3 and report["wrong"] == 2
+    assert report["findings"]["image cannot be read"]["count"] == 1
+    done = fastpose("validate-data", "data", "--dataset", "coco", "--no-images", "--split", "train", cwd=tmp_path)
+    assert done.returncode == 2 and "person_keypoints_train2017.json does not exist" in done.stderr

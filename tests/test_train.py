@@ -11,6 +11,7 @@ import torch
 
 import fastpose
 from fastpose.checkpoints import read_info
+from fastpose.codecs import SoftmaxHeatmapCodec, UDPHeatmapCodec
 from fastpose.config import read_config
 from fastpose.data import load_lspet
 from fastpose.data.base import boxes_of_keypoints
@@ -33,11 +34,11 @@ def lspet(tmp_path_factory):
         joints[:, :2, i - 1] = rng.uniform(20, 100, (14, 2))
         joints[:, 2, i - 1] = rng.random(14) < 0.9
     scipy_io.savemat(root / "joints.mat", {"joints": joints})
-    blank = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    blank, tiny = (cv2.imencode(".jpg", np.zeros((n, n, 3), np.uint8))[1].tobytes() for n in (120, 8))
     for i in range(1, 10001):
         path = root / "images" / f"im{i:05d}.jpg"
         if i > 120:
-            path.write_bytes(blank)
+            path.write_bytes(blank if i <= 600 else tiny)
             continue
         image = np.zeros((120, 120, 3), np.uint8)
         for (x, y, _), colour in zip(joints[:, :, i - 1], colours, strict=True):
@@ -104,16 +105,20 @@ def test_batches_cover_every_person_and_resume():
         ResumableBatches(10, 11, 1, 0)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_it_learns_and_writes_usable_weights(lspet, tmp_path, optimizer, monkeypatch):
-    best = train(config(lspet, tmp_path / "run", optimizer=optimizer), quiet=True)
+@pytest.mark.parametrize(
+    ("optimizer", "codec"),
+    [("adamw", SoftmaxHeatmapCodec()), ("muon", SoftmaxHeatmapCodec()), ("adamw", UDPHeatmapCodec(hardest=8))],
+    ids=["adamw", "muon", "udp"],
+)
+def test_it_learns_and_writes_usable_weights(lspet, tmp_path, optimizer, codec, monkeypatch):
+    best = train(config(lspet, tmp_path / "run", optimizer=optimizer, codec=codec), quiet=True)
     lines = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 and lines[0].split(",")[0] == "time"
     losses = [float(line.split(",")[5]) for line in lines[1:]]
     assert losses[2] < losses[0]
     assert 0 <= best <= 100
     info = read_info(tmp_path / "run" / "final.safetensors")
-    assert info.input_size == (48, 48) and info.padding == 1.1
+    assert info.input_size == (48, 48) and info.padding == 1.1 and info.codec == codec
     poses = fastpose.PoseEstimator(weights=tmp_path / "run" / "best.safetensors", detector="none")(
         np.zeros((60, 60, 3), np.uint8)
     )

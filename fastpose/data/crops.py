@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
 
-from fastpose.data.base import Array, PoseData
+from fastpose.data.base import UNREADABLE, Array, PoseData
 from fastpose.geometry import apply_affine, crop_matrix, warp_crop
+from fastpose.images import ImageError
 from fastpose.skeletons import Skeleton
 
 
@@ -49,27 +54,54 @@ class Augmentation:
 class _Person:
     image: Array  # uint8 [h, w, 3] RGB, the surroundings of the person
     keypoints: Array  # float32 [K, 2] in pixels of `image`
+    labelled: Array  # bool [K]
     box: Array  # float32 [4] in pixels of `image`
 
 
 class CropStore:
     """The decoded surroundings of every person, reduced to at most `side` pixels per padded box side.
 
-    2.2 box sides are kept around each person, enough for every rotation, scale and shift.
+    2.2 box sides are kept around each person, enough for every rotation, scale and shift. People are kept in memory up
+    to `memory` bytes; the others are read from their files every time. Of an image that cannot be read the people are
+    black crops without labels: it is reported in `data.report`, and if that happens later, on stderr.
     """
 
     REACH = 2.2
 
-    def __init__(self, data: PoseData, padding: float, side: int) -> None:
+    def __init__(self, data: PoseData, padding: float, side: int, memory: float = math.inf) -> None:
         self.data = data
         self.padding = padding
-        self.people = [self._load(i, side) for i in range(len(data))]
+        self.side = side
+        self.people: list[_Person | None] = [None] * len(data)
+        self.unreadable: set[Path] = set()
+        for i in range(len(data)):
+            if memory <= 0:
+                break
+            person = self.people[i] = self.person(i, announce=False)
+            memory -= person.image.nbytes
 
-    def _load(self, i: int, side: int) -> _Person:
-        image = cv2.imread(str(self.data.images[i]), cv2.IMREAD_COLOR)
-        if image is None:
-            raise ValueError(f"image {self.data.images[i]} cannot be decoded")
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    def __len__(self) -> int:
+        return len(self.people)
+
+    def person(self, i: int, announce: bool = True) -> _Person:
+        """Person `i`, from memory or file."""
+        known = self.people[i]
+        if known is not None:
+            return known
+        try:
+            return self._load(i)
+        except ImageError as error:
+            if self.data.images[i] not in self.unreadable:
+                self.unreadable.add(self.data.images[i])
+                self.data.report.add(UNREADABLE, error)
+                if announce:
+                    tqdm.write(f"fastpose: trained without {error}", file=sys.stderr)
+        k = self.data.skeleton.num_keypoints
+        box = np.array([0, 0, 8, 8], np.float32)
+        return _Person(np.zeros((8, 8, 3), np.uint8), np.zeros((k, 2), np.float32), np.zeros(k, bool), box)
+
+    def _load(self, i: int) -> _Person:
+        image, side = self.data.read(i), self.side
         box = self.data.boxes[i].astype(np.float64)
         centre = (box[:2] + box[2:]) / 2
         extent = max(box[2] - box[0], box[3] - box[1], 1.0) * self.padding
@@ -86,7 +118,8 @@ class CropStore:
             part = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
             points = (points + 0.5) * ratio - 0.5
             box = (box + 0.5) * np.tile(ratio, 2) - 0.5
-        return _Person(np.ascontiguousarray(part), points.astype(np.float32), box.astype(np.float32))
+        labelled = self.data.labelled[i]
+        return _Person(np.ascontiguousarray(part), points.astype(np.float32), labelled, box.astype(np.float32))
 
 
 class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -94,28 +127,35 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     A keypoint is valid if it is labelled and inside the crop. Every sample is drawn with its own random generator,
     seeded by (`seed`, index); an index encodes epoch and person (`epoch * len(store) + person`), so that a sample
-    depends neither on the number of workers nor on where training was resumed.
+    depends neither on the number of workers nor on where training was resumed. `convention`: of the crops, see
+    `fastpose.geometry.crop_matrix`.
     """
 
     def __init__(
-        self, store: CropStore, size: tuple[int, int], augmentation: Augmentation | None = None, seed: int = 0
+        self,
+        store: CropStore,
+        size: tuple[int, int],
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        convention: str = "fastpose",
     ) -> None:
         self.store = store
         self.size = size
         self.augmentation = augmentation
         self.seed = seed
+        self.convention = convention
 
     def __len__(self) -> int:
-        return len(self.store.people)
+        return len(self.store)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         person_index = index % len(self)
-        person = self.store.people[person_index]
-        valid = self.store.data.labelled[person_index]
+        person = self.store.person(person_index)
+        valid = person.labelled
         height, width = self.size
         a = self.augmentation
         if a is None:
-            matrix = crop_matrix(person.box, self.size, self.store.padding)
+            matrix = crop_matrix(person.box, self.size, self.store.padding, convention=self.convention)
             crop = warp_crop(person.image, matrix, self.size)
             mirror = False
         else:
@@ -135,6 +175,7 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 scale=float(np.exp(rng.uniform(-a.log_scale, a.log_scale))),
                 shift=(rng.uniform(-a.shift, a.shift), rng.uniform(-a.shift, a.shift)),
                 mirror=mirror,
+                convention=self.convention,
             )
             crop = _change_colours(warp_crop(person.image, matrix, self.size), a, rng)
         points = apply_affine(matrix, person.keypoints)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastpose.data.base import Array, PoseData, boxes_of_keypoints
+from fastpose.data.base import MISSING, UNREADABLE, Array, PoseData, Report, boxes_of_keypoints
+from fastpose.images import ImageError, read_image
 from fastpose.skeletons import LSP14
 
 
@@ -25,11 +27,9 @@ def load_lspet(root: str | Path, split: str) -> PoseData:
     images are a reserve for independent tests and belong to no split.
 
     Raises:
-        FileNotFoundError: `joints.mat` or an image is missing; names the first missing file.
-        ValueError: unknown split, an unreadable image, or a `joints.mat` that is not LSPET's.
+        FileNotFoundError: `joints.mat` or all images are missing.
+        ValueError: unknown split, or a `joints.mat` that is not LSPET's.
     """
-    import cv2
-
     root = Path(root)
     if split not in ("train", "val"):
         raise ValueError(f"LSPET split must be 'train' or 'val', got {split!r}")
@@ -37,31 +37,54 @@ def load_lspet(root: str | Path, split: str) -> PoseData:
     ids = np.array(lists["val"])
     if split == "train":
         ids = np.setdiff1d(np.arange(1, 10001), np.array(lists["val"] + lists["reserved"]))
-    joints = _read_joints(root / "joints.mat")[ids - 1]
-    keypoints, labelled = joints[..., :2].astype(np.float32), joints[..., 2] > 0
-    images = tuple(root / "images" / f"im{i:05d}.jpg" for i in ids)
-    sizes = np.empty((len(ids), 2), np.float32)
-    for i, path in enumerate(images):
-        if not path.is_file():
-            raise FileNotFoundError(f"LSPET image {path} does not exist; expected images/im00001.jpg ... under {root}")
-        image = cv2.imread(str(path))
-        if image is None:
-            raise ValueError(f"LSPET image {path} cannot be decoded")
+    joints = read_joints(root / "joints.mat", (14, 3, 10000)).transpose(2, 0, 1)[ids - 1]
+    files = tuple(root / "images" / f"im{i:05d}.jpg" for i in ids)
+    return people_of_images(files, joints[..., :2].astype(np.float32), joints[..., 2] > 0)
+
+
+def people_of_images(files: tuple[Path, ...], keypoints: Array, labelled: Array) -> PoseData:
+    """One person per image with a box around their keypoints; images that cannot be read are reported and left out.
+
+    Args:
+        keypoints: float32 [N, 14, 2] pixels; labelled: bool [N, 14].
+    """
+    report = Report()
+    sizes, good = np.zeros((len(files), 2), np.float32), []
+    for i, path in enumerate(files):
+        try:
+            image = read_image(path)
+        except ImageError as error:
+            report.add(UNREADABLE if path.is_file() else MISSING, error)
+            continue
         sizes[i] = image.shape[1], image.shape[0]
-    return PoseData(LSP14, images, keypoints, labelled, boxes_of_keypoints(keypoints, labelled, 0.15, sizes))
+        if labelled[i].any():
+            good.append(i)
+        else:
+            report.add("person without labelled keypoints", path.name, wrong=False)
+    if not good:
+        raise FileNotFoundError(f"none of the {len(files)} images can be read, e.g. {files[0]}")
+    boxes = boxes_of_keypoints(keypoints, labelled, 0.15, sizes)
+    return PoseData(LSP14, files, keypoints, labelled, boxes, report=report).take(np.array(good))
 
 
-def _read_joints(path: Path) -> Array:
-    """float64 [10000, 14, 3]."""
+def read_joints(path: Path, shape: tuple[int, int, int]) -> Array:
+    """The variable ``joints`` of a MATLAB file, float64 of the given shape."""
     if not path.is_file():
-        raise FileNotFoundError(f"LSPET annotations {path} do not exist; expected the archive's joints.mat")
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ImportError("reading joints.mat needs SciPy: pip install 'fastpose[train]'") from error
-    content = loadmat(path)
-    joints = content.get("joints")
-    if joints is None or joints.shape != (14, 3, 10000):
+        raise FileNotFoundError(f"annotations {path} do not exist; expected the archive's joints.mat")
+    joints = loadmat(path).get("joints")
+    if joints is None or joints.shape != shape:
         got = "no such variable" if joints is None else list(joints.shape)
-        raise ValueError(f"{path}: expected the variable 'joints' of shape [14, 3, 10000], got {got}")
-    return np.asarray(joints.transpose(2, 0, 1), np.float64)
+        raise ValueError(f"{path}: expected the variable 'joints' of shape {list(shape)}, got {got}")
+    return np.asarray(joints, np.float64)
+
+
+def loadmat(path: Path) -> Any:
+    """Variables of a MATLAB file by name, structs as objects; ImportError without SciPy, ValueError if unreadable."""
+    try:
+        from scipy import io
+    except ImportError as error:
+        raise ImportError(f"reading {path.name} needs SciPy: pip install 'fastpose[train]'") from error
+    try:
+        return io.loadmat(path, struct_as_record=False)
+    except Exception as error:  # whatever the damage happens to cause in the reader
+        raise ValueError(f"{path} is not a MATLAB file that SciPy can read: {error}") from None

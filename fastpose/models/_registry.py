@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 Constructor = Callable[..., nn.Module]
@@ -79,6 +81,15 @@ def model_entry(name: str) -> ModelEntry:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"unknown model {name!r}{hint} (known: {', '.join(list_models())})")
     return _MODELS[name]
+
+
+@functools.cache
+def is_bottom_up(name: str) -> bool:
+    """Whether the network called `name` finds all people of an image itself: it returns a tuple of maps with tags."""
+    entry = model_entry(name)
+    with torch.device("meta"), torch.no_grad():  # shapes without numbers
+        model = entry.build(num_keypoints=entry.num_keypoints).eval()
+        return isinstance(model(torch.empty(1, 3, *entry.input_size)), tuple)
 
 
 def create_model(

@@ -1,21 +1,22 @@
-"""Heatmap codecs: how keypoints become training targets and how network outputs become keypoints, side by side.
+"""Heatmaps as probabilities, trained by cross-entropy; the codec of the networks trained by this package.
 
 Heatmap cell k covers the input pixels ``stride * k ... stride * k + stride - 1``; its centre is at pixel
-``stride * k + (stride - 1) / 2`` (1.5 for stride 4). All positions below are in crop pixels, (x, y).
+``stride * k + (stride - 1) / 2`` (1.5 for stride 4).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fastpose.codecs.base import HeatmapCodec, blur
 
 
 @dataclass(frozen=True)
-class SoftmaxHeatmapCodec:
+class SoftmaxHeatmapCodec(HeatmapCodec):
     """The network's outputs are logits of a probability over heatmap cells, one distribution per keypoint.
 
     Training minimises the cross-entropy with a normalised Gaussian around the labelled position, which on few data and
@@ -30,48 +31,55 @@ class SoftmaxHeatmapCodec:
         blur: standard deviation in cells of the smoothing before decoding, 0 for none.
     """
 
-    stride: int = 4
     sigma: float = 1.0
     blur: float = 1.0
+    type: str = field(default="softmax", init=False)
 
-    def loss(self, logits: Tensor, keypoints: Tensor, valid: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, keypoints: Tensor, valid: Tensor) -> Tensor:
         """Mean cross-entropy over the valid keypoints; 0 if there are none.
 
         Args:
-            logits: float [B, K, H, W].
+            outputs: logits, float [B, K, H, W].
             keypoints: float [B, K, 2], (x, y) in crop pixels; ignored where not valid.
             valid: bool [B, K].
         """
-        height, width = logits.shape[2], logits.shape[3]
-        weight = valid.to(logits.dtype)
-        cells = ((keypoints - (self.stride - 1) / 2) / self.stride).masked_fill(~valid.unsqueeze(-1), 0.0)
-        # a Gaussian is a product of one in x and one in y; so is its normalisation over the grid
-        gx = self._gaussian(cells[..., 0], width)  # [B, K, W]
-        gy = self._gaussian(cells[..., 1], height)  # [B, K, H]
-        log_z = torch.logsumexp(logits.flatten(2), dim=2)
-        expected = torch.einsum("bkhw,bkh,bkw->bk", logits, gy, gx)
+        weight = valid.to(outputs.dtype)
+        gy, gx = self._gaussians(keypoints, valid, (outputs.shape[2], outputs.shape[3]))
+        log_z = torch.logsumexp(outputs.flatten(2), dim=2)
+        expected = torch.einsum("bkhw,bkh,bkw->bk", outputs, gy, gx)
         return ((log_z - expected) * weight).sum() / weight.sum().clamp(min=1.0)
 
-    def _gaussian(self, centre: Tensor, length: int) -> Tensor:
-        grid = torch.arange(length, device=centre.device, dtype=centre.dtype)
-        return torch.softmax(-((grid - centre.unsqueeze(-1)) ** 2) / (2 * self.sigma**2), dim=-1)
+    def encode(self, keypoints: Tensor, valid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Probability maps [B, K, H, W], which `loss` does not need as a whole, and weights; see `HeatmapCodec`."""
+        gy, gx = self._gaussians(keypoints, valid, size)
+        weight = valid.to(keypoints.dtype)
+        return gy.unsqueeze(-1) * gx.unsqueeze(-2) * weight[..., None, None], weight
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def _gaussians(self, keypoints: Tensor, valid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """A Gaussian is a product of one in y and one in x; so is its normalisation: [B, K, H] and [B, K, W]."""
+        cells = ((keypoints - (self.stride - 1) / 2) / self.stride).masked_fill(~valid.unsqueeze(-1), 0.0)
+        lines = []
+        for axis, length in ((1, size[0]), (0, size[1])):
+            grid = torch.arange(length, device=cells.device, dtype=cells.dtype)
+            lines.append(torch.softmax(-((grid - cells[..., axis, None]) ** 2) / (2 * self.sigma**2), dim=-1))
+        return lines[0], lines[1]
+
+    def heatmaps(self, outputs: Tensor) -> Tensor:
         """Softmax over the cells of each map: [B, K, H, W] -> [B, K, H, W]."""
-        return torch.softmax(logits.flatten(2).float(), dim=2).view_as(logits)
+        return torch.softmax(outputs.flatten(2).float(), dim=2).view_as(outputs)
 
-    def decode(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
         """Positions and scores of probability maps.
 
         Args:
-            probabilities: float [B, K, H, W], non-negative.
+            heatmaps: probabilities, float [B, K, H, W], non-negative.
 
         Returns:
             keypoints float32 [B, K, 2], (x, y) crop pixels, and scores float32 [B, K] in [0, 1]: the probability within
             the smoothing window, relative to that of a perfectly located keypoint. A map of NaN gives score 0 and the
             position of cell (0, 0).
         """
-        p = torch.nan_to_num(probabilities.float(), nan=0.0)
+        p = torch.nan_to_num(heatmaps.float(), nan=0.0)
         b, k, height, width = p.shape
         if p.numel() == 0:
             return p.new_zeros(b, k, 2), p.new_zeros(b, k)
@@ -92,11 +100,7 @@ class SoftmaxHeatmapCodec:
         radius = math.ceil(3 * self.blur)
         taps = torch.arange(-radius, radius + 1, device=p.device, dtype=p.dtype)
         taps = torch.exp(-(taps**2) / (2 * self.blur**2))
-        taps = taps / taps.sum()
-        flat = p.reshape(-1, 1, p.shape[2], p.shape[3])
-        flat = F.conv2d(flat, taps.view(1, 1, 1, -1), padding=(0, radius))
-        flat = F.conv2d(flat, taps.view(1, 1, -1, 1), padding=(radius, 0))
-        return flat.view_as(p)
+        return blur(p, taps / taps.sum())
 
     @staticmethod
     def _parabola(log_map: Tensor, index: Tensor, position: Tensor, length: int, step: int) -> Tensor:

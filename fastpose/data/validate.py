@@ -1,0 +1,61 @@
+"""What is wrong with a data set: what its reader found, and what only the images and everybody together show."""
+
+from __future__ import annotations
+
+import numpy as np
+from tqdm import tqdm
+
+from fastpose.data.base import UNREADABLE, PoseData, Report, read_annotated
+from fastpose.images import ImageError
+
+
+def validate_data(data: PoseData, read_images: bool = True, quiet: bool = True) -> Report:
+    """Check `data` as `load_dataset` returned it; the findings join those of the reader in `PoseData.report`.
+
+    Looked for are images that cannot be read or have another size than annotated, keypoints and boxes outside them,
+    people annotated twice and keypoints that nobody has.
+
+    Args:
+        read_images: decode every image; without it only the annotations are checked.
+    """
+    report = data.report
+    files = data.image_files()
+    sizes = {}
+    if data.annotated is not None:
+        for path, (height, width) in zip(data.annotated.files, data.annotated.sizes.tolist(), strict=True):
+            sizes[path] = (height, width)
+    found = {}
+    for path in tqdm(files if read_images else [], unit="image", disable=quiet):
+        try:
+            found[path] = read_annotated(path, sizes.get(path)).shape[:2]
+        except ImageError as error:
+            if path.is_file():  # the missing ones are reported
+                report.add(UNREADABLE, error)
+
+    people: dict[object, int] = {}
+    with_people = set()
+    for i, path in enumerate(data.images):
+        labelled = data.labelled[i]
+        points = data.keypoints[i][labelled]
+        with_people.add(path)
+        if data.annotated is None and path in found:
+            height, width = found[path]
+            if len(points) and ((points < 0).any() or (points > [width, height]).any()):
+                report.add("labelled keypoint outside the image", f"{path.name}, person {i}")
+            x1, y1, x2, y2 = data.boxes[i]
+            if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+                report.add("box outside the image (not estimated)", f"{path.name}, person {i}")
+        if len(points) > 2:
+            key = (path, labelled.tobytes(), points.tobytes())
+            if key in people:
+                report.add("person annotated twice", f"{path.name}, people {people[key]} and {i}")
+            people.setdefault(key, i)
+    for path in files:
+        if path not in with_people:
+            report.add("image without people to estimate", path.name, wrong=False)
+    if len(data):
+        for k in np.flatnonzero(~data.labelled.any(0)):
+            report.add("keypoint that nobody has", data.skeleton.names[k])
+    else:
+        report.add("nobody to estimate", "the whole split")
+    return report

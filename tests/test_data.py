@@ -1,0 +1,397 @@
+"""Readers of data sets: layouts, values, and that nothing broken stops them or goes unreported."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from fastpose.average_precision import average_precision
+from fastpose.data import Report, from_results, load_coco_format, load_dataset, read_annotated, to_results
+from fastpose.data.validate import validate_data
+from fastpose.images import ImageError
+from fastpose.skeletons import (
+    COCO17,
+    CROWDPOSE14,
+    MPII16,
+    SKELETONS,
+    Skeleton,
+    read_skeleton,
+    skeleton_from_dict,
+    skeleton_to_dict,
+)
+from tests import datasets
+
+
+def kinds(report: Report) -> dict[str, int]:
+    return {kind: finding.count for kind, finding in report.findings.items()}
+
+
+def test_coco(tmp_path):
+    content = datasets.write_standard_coco(tmp_path)
+    data = load_dataset("coco", tmp_path, "val")
+    assert len(data) == 10 and data.metric == "AP" and data.skeleton is COCO17 and not data.report.findings
+    assert data.annotated.ids == (10, 20, 30, 40, 50, 60) and data.image_index.tolist() == [
+        0,
+        0,
+        2,
+        2,
+        3,
+        3,
+        4,
+        4,
+        5,
+        5,
+    ]
+    assert data.images[2] == tmp_path / "val2017" / "002.png" and data.read(2).shape == (90, 120, 3)
+    for i, annotation in enumerate(content["annotations"]):
+        points = np.array(annotation["keypoints"]).reshape(17, 3)
+        assert np.allclose(data.keypoints[i], points[:, :2]) and (data.labelled[i] == (points[:, 2] > 0)).all()
+        x, y, w, h = annotation["bbox"]
+        assert np.allclose(data.boxes[i], [x, y, x + w, y + h])
+    people = data.annotated.people
+    assert people.areas.tolist() == [a["area"] for a in content["annotations"]]
+    assert len(load_dataset("coco", tmp_path, "val", limit=3)) == 4
+    # other places
+    again = load_dataset(
+        "coco", tmp_path / "nowhere", "x", annotations=tmp_path / "annotations" / "person_keypoints_val2017.json",
+        images=tmp_path / "val2017",
+    )  # fmt: skip
+    assert again.images == data.images
+
+
+def test_parts(tmp_path):
+    datasets.write_standard_coco(tmp_path)
+    data = load_dataset("coco", tmp_path, "val")
+    part = data.without_images([data.images[0]])
+    assert len(part) == 8 and part.annotated.ids == (20, 30, 40, 50, 60) and part.image_index.tolist()[:3] == [1, 1, 2]
+    assert part.annotated.people.image_ids.tolist() == [20, 30, 40, 50, 60] and len(part.annotated.people) == 8
+    assert data.first_images(2).annotated.ids == (10, 20) and data.first_images(0) is data
+    assert len(data.of_images([])) == 0
+    taken = data.take(np.array([3, 1]))
+    assert (taken.keypoints == data.keypoints[[3, 1]]).all() and taken.image_index.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        data.first_images(-1)
+
+
+def test_everything_broken_is_counted_and_the_rest_is_read(tmp_path):
+    content = datasets.write_standard_coco(tmp_path)
+    images, annotations = content["images"], content["annotations"]
+    images += [{"id": 10, "file_name": "again.png"}, {"id": 70}, "no object", {"id": 80, "file_name": "gone.png"}]
+    images[5] |= {"height": "tall"}
+    (tmp_path / "val2017" / "003.png").unlink()
+    good = copy.deepcopy(annotations[1])
+
+    def add(**changes):
+        annotations.append({**good, "id": len(annotations) + 1, **changes})
+
+    add(id=1)
+    add(image_id=12345)
+    add(image_id=[3])
+    add(keypoints=[1, 2, 2])
+    add(keypoints=[float("nan")] * 51)
+    add(keypoints=None)
+    add(iscrowd=1, num_keypoints=0, keypoints=[0] * 51)
+    add(num_keypoints=0, keypoints=[0] * 51)
+    add(bbox=[5, 5, 0, 20])
+    add(bbox=[500, 500, 10, 20])
+    add(bbox="left")
+    add(area=None)
+    add(area=-3)
+    add(num_keypoints=3)
+    add(category_id=2)
+    outside = list(good["keypoints"])
+    outside[:3] = [-4, 10, 2]
+    add(keypoints=outside)
+    strange = list(good["keypoints"])
+    strange[2] = 7
+    add(keypoints=strange)
+    annotations.append(5)
+    path = tmp_path / "annotations" / "person_keypoints_val2017.json"
+    path.write_text(json.dumps(content))
+    data = load_dataset("coco", tmp_path, "val")
+    found = kinds(data.report)
+    assert found == {
+        "image id used twice (the first counts)": 1,
+        "image entry without id or file_name": 2,
+        "image without height and width": 2,
+        "image file missing": 2,
+        "annotation id used twice (the first counts)": 1,
+        "annotation of an unknown image": 2,
+        "keypoints are not 17 x (x, y, v) finite numbers": 3,
+        "crowd region": 1,
+        "person without labelled keypoints": 1,
+        "box without area (not estimated)": 1,
+        "box outside the image (not estimated)": 1,
+        "bbox is not [x, y, width, height] in finite numbers (keypoints give the box)": 1,
+        "no area (0.53 of the box is taken)": 2,
+        "num_keypoints differs from the labelled keypoints": 1,
+        "annotation of another category": 1,
+        "labelled keypoint outside the image": 1,
+        "keypoint flag other than 0, 1 or 2 (above 0 is read as labelled)": 1,
+        "annotation is not an object": 1,
+    }
+    assert len(data) == 8 + 6 and 40 not in data.annotated.ids and data.report.wrong == 22
+    assert "image file missing: 2 (" in data.report.to_text() and "note: crowd region: 1" in data.report.to_text()
+    assert "crowd region" not in data.report.to_text(wrong_only=True)
+    json.dumps(data.report.to_dict())
+    assert np.isfinite(data.boxes).all() and (data.boxes[:, 2:] > data.boxes[:, :2]).all()
+    # the crowd, the person without keypoints and those with bad boxes are still part of the truth
+    assert len(data.annotated.people) == 8 + 6 + 4 and data.annotated.people.ignored.sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "expected COCO's format, a JSON object with the list 'images'"),
+        ('{"images": [], "annotations": 3}', "with the list 'annotations'"),
+        ('{"images": [], "annotations": []}', "has no usable image entry; the list is empty"),
+        (
+            '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}',
+            "none of the 1 images of .*'a.png'; looked",
+        ),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_dataset("coco", tmp_path, "val", annotations=tmp_path / "a.json")
+
+
+def test_wrong_arguments(tmp_path):
+    for arguments, options, message in (
+        (("coca", tmp_path, "val"), {}, "dataset must be one of coco, .*, got 'coca'"),
+        (("mpii", tmp_path, "val"), {"detections": []}, "detections are for data in COCO's format"),
+        (("coco", tmp_path, "val"), {"skeleton": "coco17"}, "can be given for dataset 'custom' only"),
+        (("coco", tmp_path, "val"), {"metric": "mAP"}, "metric must be one of"),
+        (("coco", tmp_path, "val"), {"metric": "PCK@0.2", "detections": []}, "can be scored by AP only, got 'PCK@0.2'"),
+        (("lsp", tmp_path, "val"), {"images": tmp_path}, "has fixed places"),
+        (("mpii", tmp_path, "test"), {}, "MPII split must be one of train, valid, trainval, got 'test'"),
+        (("lsp", tmp_path, "x"), {}, "LSP split must be 'train' or 'test'"),
+        (("custom", tmp_path, "train"), {}, "has neither train.json nor annotations.json"),
+        (("mpii", tmp_path, "train"), {}, "MPII annotations do not exist: looked for"),
+        (("crowdpose", tmp_path, "val"), {}, "crowdpose_val.json does not exist"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_dataset(*arguments, **options)
+
+
+def test_detections(tmp_path):
+    content = datasets.write_standard_coco(tmp_path)
+    found = [
+        {"image_id": a["image_id"], "category_id": 1, "bbox": a["bbox"], "score": 0.5} for a in content["annotations"]
+    ]
+    first = found[0]
+    found += [{**first, "score": 0.01}, {**first, "category_id": 3}, {**first, "image_id": 7}, {**first, "bbox": [1]}]
+    found += [{**first, "bbox": [3, 3, 0, 5]}, {**first, "bbox": [300, 3, 9, 5]}, {**first, "score": float("nan")}]
+    found += [3, {**first, "image_id": {}}]
+    (tmp_path / "det.json").write_text(json.dumps(found))
+    data = load_dataset("coco", tmp_path, "val", detections=tmp_path / "det.json", least_score=0.1)
+    truth = load_dataset("coco", tmp_path, "val")
+    assert (
+        np.allclose(data.boxes, truth.boxes, atol=1e-4) and (data.box_scores == 0.5).all() and not data.labelled.any()
+    )
+    assert kinds(data.report) == {
+        "detection scores below 0.1": 1,
+        "detection of another category": 1,
+        "detection on an image that is not evaluated": 1,
+        "detection without image_id, bbox [x, y, width, height] or score": 4,
+        "detection without area in the image": 2,
+    }
+    with pytest.raises(ValueError, match="expected a list of"):
+        load_dataset("coco", tmp_path, "val", detections=tmp_path / "annotations" / "person_keypoints_val2017.json")
+
+
+def test_results_survive_the_round_trip(tmp_path):
+    datasets.write_standard_coco(tmp_path)
+    data = load_dataset("coco", tmp_path, "val")
+    scores = np.linspace(0.1, 1, len(data))
+    entries = to_results(data.annotated, data.image_index, data.keypoints, np.ones((len(data), 17)), scores)
+    assert entries[0]["image_id"] == 10 and len(entries[0]["keypoints"]) == 51 and entries[0]["category_id"] == 1
+    results = from_results(json.loads(json.dumps(entries)), data.annotated)
+    assert (results.image == data.image_index).all() and np.allclose(results.keypoints, data.keypoints, atol=6e-4)
+    assert average_precision(data.annotated.people, results, COCO17.sigmas).ap == 1.0
+    report = Report()
+    entries += [{"image_id": 1}, 5, {**entries[0], "image_id": 99}, {**entries[0], "score": None}]
+    assert len(from_results(entries, data.annotated, report)) == len(data)
+    assert sorted(kinds(report).values()) == [1, 3]
+    boxed = [{**entry, "bbox": [0, 0, 10, 20]} for entry in entries[:3]]
+    assert from_results(boxed, data.annotated).areas.tolist() == [200, 200, 200]
+
+
+def test_crowdpose(tmp_path):
+    content = datasets.write_crowdpose(tmp_path)
+    data = load_dataset("crowdpose", tmp_path, "val")
+    assert data.skeleton is CROWDPOSE14 and len(data) == 16 and not data.report.findings
+    people = data.annotated.people
+    assert people.crowd_index.tolist() == [i / 10 for i in range(9)]
+    _, _, w, h = content["annotations"][0]["bbox"]
+    assert people.areas[0] == h * w * 0.53
+
+
+def test_mpii_in_hrnets_format(tmp_path):
+    pytest.importorskip("scipy")
+    joints, labelled, heads = datasets.write_mpii(tmp_path)
+    data = load_dataset("mpii", tmp_path, "val")
+    assert data.metric == "PCKh@0.5" and data.skeleton is MPII16 and not data.report.findings
+    assert np.allclose(data.keypoints, joints - 1) and (data.labelled == labelled).all()
+    assert np.allclose(data.head_sizes, 0.6 * np.hypot(*(heads[:, 2:] - heads[:, :2]).T))
+    # centre (60, 45 + 15 * 0.4) counted from 1, side 200 * 0.4
+    assert np.allclose(data.boxes, [[19 + i, 10, 99 + i, 90] for i in range(6)])
+    entries = json.loads((tmp_path / "annot" / "valid.json").read_text())
+    entries += [{"image": "00000.png"}, {**entries[0], "scale": -1}, {**entries[0], "joints": [[1, 2]]}, 3]
+    entries.append({**entries[1], "image": "gone.png"})
+    (tmp_path / "annot" / "train.json").write_text(json.dumps(entries))
+    data = load_dataset("mpii", tmp_path, "train")
+    assert len(data) == 6 and np.isnan(data.head_sizes).all()
+    assert sorted(kinds(data.report).values()) == [1, 1, 3]
+    (tmp_path / "annot" / "valid.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="with N = 11 people as in the json file"):
+        load_dataset("mpii", tmp_path, "val")
+    (tmp_path / "annot" / "gt_valid.mat").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is not a MATLAB file"):
+        load_dataset("mpii", tmp_path, "val")
+
+
+def test_mpii_official(tmp_path):
+    pytest.importorskip("scipy")
+    joints, labelled, heads = datasets.write_mpii_official(tmp_path)
+    data = load_dataset("mpii", tmp_path, "trainval")
+    assert len(data) == 9 and (data.labelled == labelled).all()
+    assert np.allclose(data.keypoints[labelled], joints[labelled] - 1)
+    assert np.allclose(data.head_sizes, 0.6 * np.hypot(*(heads[:, 2:] - heads[:, :2]).T))
+    assert kinds(data.report) == {"person without keypoints, position or scale": 1}
+    train, valid = load_dataset("mpii", tmp_path, "train"), load_dataset("mpii", tmp_path, "val")
+    assert [p.name for p in valid.images] == ["00000.png", "00008.png"] and len(train) == 7
+
+
+def test_lsp(tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    joints = np.random.default_rng(0).uniform(5, 80, (3, 14, 2000))
+    joints[2] = 1  # all occluded, and labelled all the same
+    scipy_io.savemat(tmp_path / "joints.mat", {"joints": joints})
+    for i in (1, 2, 1001, 2000):
+        datasets.picture(tmp_path / "images" / f"im{i:04d}.jpg", np.zeros((0, 14, 2)))
+    (tmp_path / "images" / "im0003.jpg").write_bytes(b"nothing")
+    train, test = load_dataset("lsp", tmp_path, "train"), load_dataset("lsp", tmp_path, "val")
+    assert [p.name for p in train.images] == ["im0001.jpg", "im0002.jpg"] and len(test) == 2 and train.labelled.all()
+    assert np.allclose(test.keypoints[1], joints[:2, :, 1999].T)
+    assert kinds(train.report) == {"image file missing": 997, "image cannot be read": 1}
+
+
+def test_custom_with_nothing_but_the_least(tmp_path):
+    """Ids that are texts, no boxes, areas or sizes, keypoint names from the categories, one annotation file."""
+    names = ("nose", "left_ear", "right_ear", "tail")
+    content = datasets.coco_content(names, images=10, people=1)
+    for image in content["images"]:
+        image["id"] = f"image {image['id']}"
+        del image["height"], image["width"]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = f"image {annotation['image_id']}"
+        for key in ("bbox", "area", "num_keypoints", "iscrowd", "id", "category_id"):
+            del annotation[key]
+    datasets.write_coco(tmp_path, content, "annotations.json", "images")
+    train, val = load_dataset("custom", tmp_path, "train"), load_dataset("custom", tmp_path, "val")
+    assert (
+        train.skeleton.names == names and train.skeleton.flip_pairs == ((1, 2),) and train.skeleton.links == ((0, 1),)
+    )
+    assert set(train.skeleton.sigmas) == {0.07}
+    assert [p.name for p in val.images] == ["000.png", "005.png"] and len(train) == 7 and len(train.annotated) == 8
+    assert val.annotated.ids == ("image 10", "image 60")
+    assert train.report.wrong == 0
+    assert len(load_dataset("custom", tmp_path, "all")) == 9
+    points, box = val.keypoints[0][val.labelled[0]], val.boxes[0]
+    assert (points > box[:2]).all() and (points < box[2:]).all()
+    # a skeleton file at the root goes first, and must have as many keypoints
+    (tmp_path / "skeleton.toml").write_text('names = ["a", "b", "c", "d"]\nsigmas = [0.1, 0.1, 0.1, 0.2]')
+    assert load_dataset("custom", tmp_path, "val").skeleton.sigmas[3] == 0.2
+    with pytest.raises(ValueError, match=r"skeleton 'coco17' has 17 keypoints, the annotations' categories \[4\]"):
+        load_dataset("custom", tmp_path, "val", skeleton="coco17")
+    # two files
+    (tmp_path / "val.json").write_text((tmp_path / "annotations.json").read_text())
+    assert len(load_dataset("custom", tmp_path, "val")) == 9
+
+
+def test_skeleton_files(tmp_path):
+    path = tmp_path / "mouse.toml"
+    path.write_text(
+        'names = ["snout", "ear_L", "ear_R", "tail"]\nlinks = [["snout", 3], [0, 1]]\nsigmas = [0.1, 0.2, 0.2, 0.3]\n'
+        'upper_body = ["snout", "ear_L", "ear_R"]\n'
+    )
+    mouse = read_skeleton(path)
+    assert mouse == Skeleton(
+        "mouse", ("snout", "ear_L", "ear_R", "tail"), ((0, 3), (0, 1)), ((1, 2),), (0.1, 0.2, 0.2, 0.3), (0, 1, 2)
+    )
+    for skeleton in (mouse, *SKELETONS.values()):
+        (tmp_path / "again.json").write_text(json.dumps(skeleton_to_dict(skeleton)))
+        assert read_skeleton(tmp_path / "again.json") == skeleton
+        without_pairs = {"names": skeleton.names, "sigmas": skeleton.sigmas}
+        pairs = {frozenset(pair) for pair in skeleton_from_dict(without_pairs).flip_pairs}
+        assert pairs == {frozenset(pair) for pair in skeleton.flip_pairs}
+    for text, message in (
+        ("names = [", "is not valid TOML"),
+        ("sigmas = [1]", "expected a table with 'names'"),
+        ('names = ["a", "a"]', "names must be unique"),
+        ('names = ["a", 1]', "names must be texts"),
+        ('names = ["a", "b"]\nlinks = [["a", "c"]]', "links: 'c' is neither a keypoint's name nor an index below 2"),
+        ('names = ["a", "b"]\nlinks = [["a"]]', r"links must hold pairs of keypoints, got \['a'\]"),
+        ('names = ["a", "b"]\nlinks = [[0, 0]]', "two different indices"),
+        ('names = ["a", "b"]\nflip_pairs = 3', "flip_pairs must be a list, got 3"),
+        ('names = ["a", "b"]\nsigmas = [0.1]', "expected 2 sigmas"),
+        ('names = ["a", "b"]\nsigmas = [0.1, "x"]', "sigmas must be numbers"),
+        ('names = ["a", "b"]\nsigmas = [0.1, -1]', "sigmas must be positive"),
+        ('names = ["a", "b"]\nsigma = [0.1, 1]', "unknown field 'sigma'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            read_skeleton(path)
+        assert "mouse.toml" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="none.toml does not exist"):
+        read_skeleton(tmp_path / "none.toml")
+
+
+def test_validate_data(tmp_path):
+    content = datasets.write_standard_coco(tmp_path)
+    data = load_dataset("coco", tmp_path, "val")
+    assert validate_data(data).wrong == 0 and kinds(data.report) == {"image without people to estimate": 1}
+    (tmp_path / "val2017" / "002.png").write_bytes(b"broken")
+    cv2.imwrite(str(tmp_path / "val2017" / "003.png"), np.zeros((50, 50, 3), np.uint8))
+    content["annotations"].append({**content["annotations"][0], "id": 99})
+    for annotation in content["annotations"]:
+        annotation["keypoints"][3:6] = [0, 0, 0]
+        annotation["num_keypoints"] = sum(v > 0 for v in annotation["keypoints"][2::3])
+    (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
+    report = validate_data(load_dataset("coco", tmp_path, "val"))
+    assert report.findings["image cannot be read"].count == 2
+    assert "003.png: the image is 50 x 50 (height x width), its annotation says 90 x 120" in report.to_text()
+    assert report.findings["person annotated twice"].examples == ["000.png, people 0 and 2"]
+    assert report.findings["keypoint that nobody has"].examples == ["left_eye"]
+    quick = validate_data(load_dataset("coco", tmp_path, "val"), read_images=False)
+    assert "image cannot be read" not in quick.findings
+
+
+def test_exif_orientation_follows_the_annotation(tmp_path):
+    """A photo stored lying down: upright for annotations of 30 x 20, as stored for annotations of 20 x 30."""
+    pillow = pytest.importorskip("PIL.Image")
+    stored = np.zeros((20, 30, 3), np.uint8)
+    stored[:, :10] = 255
+    exif = pillow.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    path = Path(tmp_path) / "a.jpg"
+    pillow.fromarray(stored).save(path, exif=exif, quality=95)
+    assert read_annotated(path, (30, 20)).shape == (30, 20, 3) and read_annotated(path, None).shape == (30, 20, 3)
+    image = read_annotated(path, (20, 30))
+    assert image.shape == (20, 30, 3) and image[:, :8].min() > 200 and image[:, 12:].max() < 50
+    with pytest.raises(ImageError, match="the image is 30 x 20"):
+        read_annotated(path, (20, 31))
+
+
+def test_annotations_as_a_dict_need_no_images(tmp_path):
+    content = datasets.coco_content(COCO17.names)
+    data = load_coco_format(content, [tmp_path], COCO17, keep_missing=True)
+    assert len(data) == 10 and kinds(data.report) == {"image file missing": 6}

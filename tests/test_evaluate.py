@@ -1,0 +1,270 @@
+"""`fastpose evaluate`: every data set through the whole chain, with an estimator that knows the answers."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from fastpose.average_precision import average_precision_pycocotools
+from fastpose.codecs import SoftmaxHeatmapCodec
+from fastpose.data import PoseData, from_results, load_dataset
+from fastpose.evaluate import evaluate, to_text
+from fastpose.pipeline import PoseEstimator
+from fastpose.poses import Poses
+from fastpose.scoring import score_poses
+from fastpose.sheets import Case, contact_sheet
+from fastpose.skeletons import COCO17
+from tests import datasets
+
+
+class Oracle:
+    """Answers with the annotation whose box it is given, moved by `error` pixels."""
+
+    batch_size = 3
+
+    def __init__(self, data: PoseData, error: float = 0.0) -> None:
+        self.skeleton = data.skeleton
+        self.info = SimpleNamespace(input_size=(64, 48), padding=1.25, codec=SoftmaxHeatmapCodec())
+        self.error = error
+        self.known = {tuple(np.round(box, 1)): points for box, points in zip(data.boxes, data.keypoints, strict=True)}
+        self.calls = 0
+
+    def estimate(self, images, boxes):
+        self.calls += 1
+        found = []
+        for image, some in zip(images, boxes, strict=True):
+            points = np.stack([self.known[tuple(np.round(box, 1))] for box in some]) + self.error
+            ones = np.ones(len(some))
+            shape = points.shape[:2]
+            found.append(Poses(points, np.ones(shape), some, ones, image.shape[:2], self.skeleton))
+        return found
+
+
+def test_ground_truth_is_perfect(tmp_path):
+    pytest.importorskip("scipy")
+    datasets.write_standard_coco(tmp_path / "coco")
+    datasets.write_crowdpose(tmp_path / "crowdpose")
+    datasets.write_mpii(tmp_path / "mpii")
+    for name in ("coco", "crowdpose", "mpii"):
+        data = load_dataset(name, tmp_path / name, "val")
+        result = evaluate(Oracle(data), data)
+        main = {n: v for n, v in result.score.numbers.items() if not n.endswith(("(M)", "(L)"))}
+        assert set(main.values()) == ({100.0} if name == "mpii" else {1.0}), main
+        assert result.score.value == 100 and set(result.score.per_keypoint.values()) == {100.0}
+        assert not result.report.wrong and result.to_dict()["images"] == len(data.image_files())
+        json.dumps(result.to_dict(), allow_nan=False)
+        assert "100.0" in to_text(result.score)
+
+
+@pytest.mark.parametrize("nms", ["hard", "soft", "parallel", "none"])
+def test_numbers_are_those_of_pycocotools_on_the_written_file(tmp_path, nms):
+    pytest.importorskip("pycocotools")
+    datasets.write_standard_coco(tmp_path, people=4)
+    data = load_dataset("coco", tmp_path, "val")
+    found = []
+    for n, (i, box) in enumerate(zip(data.image_index, data.boxes, strict=True)):
+        bbox = [float(v) for v in (*box[:2], *(box[2:] - box[:2]))]
+        found += [{"image_id": data.annotated.ids[i], "category_id": 1, "bbox": bbox, "score": 0.5 + n / 99}] * (
+            1 + n % 2
+        )
+    detected = load_dataset("coco", tmp_path, "val", detections=found)
+    estimator = Oracle(data, error=2.0)
+    result = evaluate(estimator, detected, nms=nms)
+    assert estimator.calls > 1
+    result.write_results(tmp_path / "out" / "results.json")
+    entries = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(entries) == (len(found) if nms == "none" else len(data) if nms == "hard" else len(entries))
+    assert set(entries[0]) == {"image_id", "category_id", "keypoints", "score"}
+    theirs = average_precision_pycocotools(data.annotated.people, from_results(entries, data.annotated), COCO17.sigmas)
+    for name, value in theirs.to_dict().items():
+        assert abs(result.score.numbers[name] - value) <= 1e-9, name
+    assert 0 < result.score.value < 100
+
+
+def test_rescoring_and_nms_as_in_the_papers(tmp_path):
+    datasets.write_standard_coco(tmp_path)
+    data = load_dataset("coco", tmp_path, "val")
+    keypoint_scores = np.full((len(data), 17), 0.1)
+    keypoint_scores[:, :4] = 0.6
+    keypoint_scores[3] = 0.0
+    score = score_poses(data, data.keypoints, keypoint_scores)
+    assert [entry["score"] for entry in score.results] == pytest.approx([0.6] * 3 + [0.0] + [0.6] * 6)
+    with pytest.raises(ValueError, match=r"expected keypoints \[10, 17, 2\] and keypoint_scores"):
+        score_poses(data, data.keypoints[:, :3], keypoint_scores)
+    with pytest.raises(ValueError, match="evaluator must be one of fastpose, pycocotools"):
+        score_poses(data, data.keypoints, keypoint_scores, evaluator="mine")
+
+
+def test_missed_people_and_distances(tmp_path):
+    """Nobody found on the first image: quality 0 and no match for its people; the others' similarity by hand."""
+    datasets.write_standard_coco(tmp_path)
+    data = load_dataset("coco", tmp_path, "val")
+    rest = data.take(np.arange(2, len(data)))
+    score = score_poses(rest, rest.keypoints + 3.0, np.ones((len(rest), 17)), nms="none")
+    assert score.quality[:2].tolist() == [0, 0] and np.isnan(score.matched[:2]).all() and score.people == 10
+    people = data.annotated.people
+    similar = np.exp(-18 / (2 * (2 * np.array(COCO17.sigmas)) ** 2 * people.areas[:, None]))
+    similar[:2] = 0
+    for k, name in enumerate(COCO17.names):
+        assert score.per_keypoint[name] == pytest.approx(100 * similar[people.visible[:, k], k].mean(), rel=1e-4)
+
+
+def test_bad_images_are_left_out_and_counted(tmp_path):
+    datasets.write_standard_coco(tmp_path)
+    (tmp_path / "val2017" / "002.png").write_bytes(b"broken")
+    data = load_dataset("coco", tmp_path, "val")
+    data.boxes[7] = [500, 500, 600, 600]
+    result = evaluate(Oracle(data), data)
+    assert {k: f.count for k, f in result.report.findings.items()} == {
+        "image cannot be read": 1,
+        "box outside the image (not estimated)": 1,
+    }
+    assert len(result.data) == 7 and result.data.annotated.ids == (10, 20, 40, 50, 60)
+    assert result.score.numbers["AR"] == pytest.approx(7 / 8)
+    for path in (tmp_path / "val2017").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"nothing is left to evaluate: image cannot be read: 1"):
+        evaluate(Oracle(data), load_dataset("coco", tmp_path, "val", limit=1))
+    with pytest.raises(ValueError, match="the weights have skeleton 'lsp14', the data set 'coco17'"):
+        evaluate(PoseEstimator(detector="none"), data)
+
+
+def test_worst_people_come_first(tmp_path):
+    datasets.write_standard_coco(tmp_path)
+    data = load_dataset("coco", tmp_path, "val")
+    oracle = Oracle(data)
+    for n, box in enumerate(list(oracle.known)):
+        oracle.known[box] = oracle.known[box] + n
+    result = evaluate(oracle, data, nms="none")
+    worst = np.argsort(result.score.quality)
+    assert worst[0] in (8, 9)  # the two largest errors are on the last image
+    sheet = result.worst(count=5, columns=3)
+    assert sheet.shape == (2 * 274, 3 * 192, 3) and sheet.dtype == np.uint8
+    result.write_worst(tmp_path / "worst.png", 2)
+    assert cv2.imread(str(tmp_path / "worst.png")).shape == (274, 384, 3)
+    with pytest.raises(ValueError, match="at least one picture"):
+        result.worst(0)
+    case = Case(
+        np.zeros((20, 20, 3), np.uint8),
+        np.array([2, 2, 9, 9.0]),
+        np.full((17, 2), np.nan),
+        np.ones(17, bool),
+        None,
+        "x",
+    )
+    assert contact_sheet([case], COCO17).shape == (274, 192, 3)
+
+
+def test_pck_needs_shoulders(tmp_path):
+    datasets.write_coco(tmp_path, datasets.coco_content(("a", "b")), "annotations.json", "images")
+    data = load_dataset("custom", tmp_path, "all", metric="PCK@0.2")
+    with pytest.raises(ValueError, match="needs shoulders and hips; skeleton 'custom' has no left_hip"):
+        evaluate(Oracle(data), data)
+    (tmp_path / "mpii").mkdir()
+    datasets.write_mpii(tmp_path / "mpii", split="train")
+    data = load_dataset("mpii", tmp_path / "mpii", "train")
+    with pytest.raises(ValueError, match="PCKh needs head boxes"):
+        evaluate(Oracle(data), data)
+
+
+def test_command_line(tmp_path, capsys):
+    from fastpose.checkpoints import WeightsInfo, save_weights
+    from fastpose.cli import main
+    from fastpose.models import create_model
+
+    content = datasets.write_standard_coco(tmp_path / "data")
+    model = create_model("mobileposenet", num_keypoints=17)
+    save_weights(
+        tmp_path / "w.safetensors", model.state_dict(),
+        WeightsInfo("mobileposenet", 17, "coco17", (64, 64), 1.25, SoftmaxHeatmapCodec()),
+    )  # fmt: skip
+    found = [
+        {"image_id": a["image_id"], "category_id": 1, "bbox": a["bbox"], "score": 0.5} for a in content["annotations"]
+    ]
+    (tmp_path / "det.json").write_text(json.dumps(found))
+    common = ["evaluate", str(tmp_path / "data"), "--dataset", "coco", "--quiet"]
+    files = [
+        f"--{kind}={tmp_path / name}" for kind, name in (("results", "r.json"), ("json", "n.json"), ("worst", "w.png"))
+    ]
+    weights = ["--weights", str(tmp_path / "w.safetensors")]
+    assert main([*common, *weights, "--boxes", str(tmp_path / "det.json"), *files, "--nms", "parallel"]) == 0
+    out = capsys.readouterr().out
+    assert "AP (M)" in out and "left_ankle" in out
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    assert numbers["metric"] == "AP" and numbers["people"] == 10 and numbers["settings"]["nms"] == "parallel"
+    assert cv2.imread(str(tmp_path / "w.png")) is not None
+    # the same numbers from the file it wrote, without network or images
+    (tmp_path / "data" / "val2017").rename(tmp_path / "elsewhere")
+    assert main([*common, "--predictions", str(tmp_path / "r.json"), f"--json={tmp_path / 'm.json'}"]) == 0
+    again = json.loads((tmp_path / "m.json").read_text())
+    assert again["numbers"] == numbers["numbers"] and again["per_keypoint"] == numbers["per_keypoint"]
+    assert main([*common, *weights]) == 2 and "none of the 6 images" in capsys.readouterr().err
+    (tmp_path / "elsewhere" / "003.png").unlink()
+    assert main([*common, *weights, "--images", str(tmp_path / "elsewhere"), "--limit", "4"]) == 2
+    assert "image file missing: 1" in capsys.readouterr().err
+
+
+def test_weights_of_others(tmp_path, capsys):
+    """A checkpoint with 14 keypoints does not say which they are; the data set does."""
+    import torch
+
+    from fastpose.cli import main
+    from tests.test_models import build
+
+    pytest.importorskip("scipy")
+    datasets.write_crowdpose(tmp_path / "data")
+    torch.save(build("hrnet_w32", num_keypoints=14).state_dict(), tmp_path / "w.pth")
+    arguments = [
+        "evaluate",
+        str(tmp_path / "data"),
+        "--dataset",
+        "crowdpose",
+        "--quiet",
+        "--no-flip-test",
+        "--limit",
+        "3",
+    ]
+    arguments += ["--model", "hrnet_w32", "--weights", str(tmp_path / "w.pth"), "--input-size", "64", "64"]
+    assert main([*arguments, "--codec", "dark", "--json", str(tmp_path / "n.json")]) == 0
+    assert "AP (hard)" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "n.json").read_text())["settings"]
+    assert settings["codec"] == "dark" and settings["input_size"] == [64, 64]
+    assert main([*arguments, "--codec", "best"]) == 2 and "best" in capsys.readouterr().err
+
+
+def test_bottom_up(tmp_path):
+    """A network that finds the people itself: images without people are looked at too."""
+    from fastpose.codecs import AssociativeEmbeddingCodec
+
+    datasets.write_standard_coco(tmp_path)
+    (tmp_path / "val2017" / "004.png").write_bytes(b"")
+    data = load_dataset("coco", tmp_path, "val")
+
+    class Finder(Oracle):
+        model_name = "finder"
+
+        def estimate(self, images, boxes):
+            assert boxes == [None]
+            number, self.calls = self.calls, self.calls + 1
+            number += number > 3  # image 4 cannot be read
+            own = np.flatnonzero(data.image_index == number)
+            if len(own) == 0:  # a false alarm on the image without people
+                points, scores = np.full((1, 17, 2), 9.0), np.array([0.01])
+            else:
+                points, scores = data.keypoints[own], np.full(len(own), 0.5)
+            shape = points.shape[:2]
+            return [Poses(points, np.ones(shape), np.zeros((len(points), 4)), scores, (90, 120), data.skeleton)]
+
+    finder = Finder(data)
+    finder.info.codec = AssociativeEmbeddingCodec()
+    result = evaluate(finder, data)
+    assert finder.calls == 5 and result.score.numbers["AP"] == 1.0 and len(result.score.results) == 9
+    assert result.data.annotated.ids == (10, 20, 30, 40, 60)
+    assert result.report.findings["image cannot be read"].count == 1
+    result.worst(2)
+    with pytest.raises(ValueError, match="finder finds people itself, which is scored by AP only, not PCK@0.2"):
+        evaluate(finder, load_dataset("coco", tmp_path, "val", metric="PCK@0.2"))
