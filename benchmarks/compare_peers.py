@@ -1,0 +1,271 @@
+"""Whole networks on the CPU: fastpose.optimize beside PyTorch, ONNX Runtime, OpenVINO and ncnn on the same network.
+
+Random weights and batch-norm statistics, the same for all. Every competitor lives in a process of its own, since thread
+pools in one process disturb each other; the processes take turns, block by block, and the median over all blocks
+counts. Before anything is timed every output is compared with PyTorch's. A competitor that is not installed, or fails,
+gets a row that says so: pip install '.[peers]'.
+
+    fastpose        fastpose.optimize
+    eager           PyTorch, channels-last
+    jit.freeze      scripted and frozen, channels-last
+    compile         torch.compile, default options (only with --compile: it takes minutes)
+    onnxruntime     intra-op threads as given
+    openvino        latency hint; for batches also one stream per thread over single images, the faster counts
+    ncnn            converted by pnnx, Winograd and packing as by default, float32
+
+Run: python benchmarks/compare_peers.py [--model NAME,...] [--threads 1,2] [--batch 1,32] [--size 256x192] [--rounds 7]
+     [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BLOCK = 0.4  # seconds
+MODELS = "mobileposenet,hr_litenet,le_hrnet,lite_csw_hrnet,lite_hrnet_18,lite_hrnet_30,hrnet_w32"
+COMPETITORS = ("fastpose", "eager", "jit.freeze", "compile", "onnxruntime", "openvino", "ncnn")
+
+
+def build(name: str) -> Any:
+    """The network in eval mode on the reference path; every call, in every process, gives the same weights."""
+    import torch
+
+    import fastpose
+
+    torch.manual_seed(0)
+    model = fastpose.create_model(name)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 1.5)
+    return fastpose.set_fused(model.eval(), False)
+
+
+def make_torch(competitor: str, options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
+    import torch
+
+    import fastpose
+
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    model, images = build(options.model), torch.from_numpy(x)
+    model = fastpose.optimize(model) if competitor == "fastpose" else model.to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
+    if competitor == "jit.freeze":
+        model = torch.jit.freeze(torch.jit.script(model))
+    if competitor == "compile":
+        model = torch.compile(model, dynamic=False)
+    return lambda: model(images).numpy()
+
+
+def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
+    session = onnxruntime.InferenceSession(options.onnx, settings, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda: session.run(None, {name: x})[0]
+
+
+def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": options.threads}
+    core = openvino.Core()
+    request = core.compile_model(
+        options.onnx, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"}
+    ).create_infer_request()
+
+    def latency() -> np.ndarray:
+        return request.infer({0: x})[0]
+
+    if len(x) == 1:
+        return latency
+    model = core.read_model(options.onnx)
+    model.reshape([1, *x.shape[1:]])
+    compiled = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": options.threads})
+    queue, results = openvino.AsyncInferQueue(compiled, options.threads), [None] * len(x)
+
+    def keep(job: Any, index: int) -> None:
+        results[index] = job.get_output_tensor().data.copy()
+
+    queue.set_callback(keep)
+
+    def streams() -> np.ndarray:
+        for i in range(len(x)):
+            queue.start_async({0: x[i : i + 1]}, i)
+        queue.wait_all()
+        return np.concatenate(results)
+
+    best = min((latency, streams), key=lambda f: min(timed(f) for _ in range(4)))
+    return best
+
+
+def make_ncnn(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
+    import ncnn
+    import pnnx
+    import torch
+
+    folder = Path(options.onnx).parent
+    file = folder / f"{options.model}_{x.shape[2]}x{x.shape[3]}.pt"
+    if not file.with_suffix(".ncnn.param").is_file():
+        here = os.getcwd()
+        os.chdir(folder)
+        pnnx.export(build(options.model), str(file), (torch.from_numpy(x[:1]),), fp16=False)
+        os.chdir(here)
+    net = ncnn.Net()
+    net.opt.num_threads = options.threads
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    net.opt.use_bf16_storage = False
+    net.load_param(str(file.with_suffix(".ncnn.param")))
+    net.load_model(str(file.with_suffix(".ncnn.bin")))
+    inputs = [ncnn.Mat(image).clone() for image in x]
+
+    def run() -> np.ndarray:
+        outputs = []
+        for image in inputs:
+            extractor = net.create_extractor()
+            extractor.input(net.input_names()[0], image)
+            outputs.append(np.array(extractor.extract(net.output_names()[0])[1]))
+        return np.stack(outputs)
+
+    return run
+
+
+def timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def serve(options: argparse.Namespace) -> None:
+    """The process of one competitor: prepares, reports its largest difference, then times a block per line of input."""
+    x = np.random.default_rng(0).standard_normal((options.batch, 3, *options.size), dtype=np.float32)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # converters print
+    try:
+        makers = {"onnxruntime": make_onnxruntime, "openvino": make_openvino, "ncnn": make_ncnn}
+        make = makers.get(options.serve, lambda options, x: make_torch(options.serve, options, x))
+        call = make(options, x)
+        got, expected = call(), np.load(options.expected)
+        error = float(np.abs(got - expected).max() / np.abs(expected).max())
+        print(json.dumps({"error": error}), file=out, flush=True)
+    except Exception as problem:  # a rival's failure is a row of the table
+        text = " ".join(f"{type(problem).__name__}: {problem}".split())[:120]
+        print(json.dumps({"failed": text}), file=out, flush=True)
+        return
+    for _ in sys.stdin:
+        call()
+        times: list[float] = []
+        while sum(times) < BLOCK or len(times) < 3:
+            times.append(timed(call))
+        print(json.dumps({"ms": statistics.median(times) * 1e3}), file=out, flush=True)
+
+
+def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> tuple[Path, Path]:
+    """ONNX file and expected output."""
+    import torch
+
+    network, x = build(model), np.random.default_rng(0).standard_normal((batch, 3, *size), dtype=np.float32)
+    onnx, expected = folder / f"{model}_{batch}.onnx", folder / f"{model}_{batch}.npy"
+    with torch.no_grad():
+        np.save(expected, network(torch.from_numpy(x)).numpy())
+    torch.onnx.export(network, (torch.from_numpy(x),), str(onnx), dynamo=True, verbose=False)
+    return onnx, expected
+
+
+def run_case(arguments: argparse.Namespace, model: str, threads: int, batch: int, folder: Path) -> list[dict[str, Any]]:
+    onnx, expected = prepare(model, batch, arguments.size, folder)
+    children: dict[str, subprocess.Popen[str]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for competitor in arguments.competitors:
+        command = [sys.executable, __file__, "--serve", competitor, "--model", model, "--threads", str(threads)]
+        command += ["--batch", str(batch), "--size", "x".join(map(str, arguments.size))]
+        command += ["--onnx", str(onnx), "--expected", str(expected)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        assert child.stdout is not None
+        line = child.stdout.readline()  # one prepares after the other
+        reply = json.loads(line) if line else {"failed": f"exit code {child.wait()}"}
+        rows[competitor] = {"model": model, "batch": batch, "threads": threads, "competitor": competitor, **reply}
+        if "failed" not in reply:
+            children[competitor] = child
+            rows[competitor]["blocks"] = []
+    for _ in range(arguments.rounds):
+        for competitor, child in children.items():
+            assert child.stdin is not None and child.stdout is not None
+            child.stdin.write("block\n")
+            child.stdin.flush()
+            rows[competitor]["blocks"].append(json.loads(child.stdout.readline())["ms"])
+    for child in children.values():
+        assert child.stdin is not None
+        child.stdin.close()
+        child.wait()
+    ours = rows.get("fastpose", {}).get("blocks")
+    for row in rows.values():
+        if "blocks" in row:
+            row["ms"] = statistics.median(row["blocks"])
+            row["ratio"] = row["ms"] / statistics.median(ours) if ours else float("nan")
+    return list(rows.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODELS)
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--batch", default="1,32")
+    parser.add_argument("--size", default="256x192")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json")
+    parser.add_argument("--serve", choices=COMPETITORS, help=argparse.SUPPRESS)
+    parser.add_argument("--onnx", help=argparse.SUPPRESS)
+    parser.add_argument("--expected", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    height, width = arguments.size.split("x")
+    arguments.size = (int(height), int(width))
+    if arguments.serve:
+        arguments.threads, arguments.batch = int(arguments.threads), int(arguments.batch)
+        serve(arguments)
+        return
+    arguments.competitors = [c for c in COMPETITORS if c != "compile" or arguments.compile]
+    rows: list[dict[str, Any]] = []
+    header = f"{'model':16}{'batch':>6}{'threads':>8}  {'competitor':14}{'ms':>9}{'x fastpose':>11}{'error':>9}"
+    print(f"size {height}x{width}, load average {os.getloadavg()[0]:.2f}\n{header}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for model in arguments.model.split(","):
+            for batch in map(int, arguments.batch.split(",")):
+                for threads in map(int, arguments.threads.split(",")):
+                    for row in run_case(arguments, model, threads, batch, Path(folder)):
+                        rows.append({**row, "load": os.getloadavg()[0]})
+                        case = f"{row['model']:16}{row['batch']:>6}{row['threads']:>8}  {row['competitor']:14}"
+                        if "failed" in row:
+                            print(f"{case}  {row['failed']}", flush=True)
+                        else:
+                            print(f"{case}{row['ms']:>9.2f}{row['ratio']:>11.2f}{row['error']:>9.0e}", flush=True)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
