@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -12,36 +13,64 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kLargestDistance = 1e6;  // keeps the costs below exact in their last digits
 constexpr double kTieBreak = 1e-7;
 
-// Runs of cells whose bounds are known, so that most of them need not be looked at.
-constexpr int64_t kTile = 512;
-// Independent running values, which compilers turn into vectors.
-constexpr int kLanes = 16;
+// Maps are searched by tiles whose bounds are known, so that most of them need not be looked at.
+constexpr int64_t kTileHeight = 8, kTileWidth = 16;
+
+struct Tiling {
+  int64_t height, width;  // of the map
+
+  int64_t columns() const { return (width + kTileWidth - 1) / kTileWidth; }
+  int64_t count() const { return (height + kTileHeight - 1) / kTileHeight * columns(); }
+
+  // Calls visit(cell, count) for each row of the tile: its first cell and the number of cells.
+  template <class Visit>
+  void rows(int64_t tile, const Visit& visit) const {
+    const int64_t top = tile / columns() * kTileHeight, left = tile % columns() * kTileWidth;
+    const int64_t count = std::min(kTileWidth, width - left);
+    for (int64_t y = top; y < std::min(height, top + kTileHeight); ++y) visit(y * width + left, count);
+  }
+};
+
+constexpr int kLanes = 4;  // what every x86-64 and ARM64 processor has
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+using LaneMask = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// The first `count` of kLanes values, the others `fill`.
+inline Lanes load(const float* values, int64_t count, float fill) {
+  Lanes lanes;
+  if (count >= kLanes) {
+    std::memcpy(&lanes, values, sizeof(lanes));
+  } else {
+    for (int j = 0; j < kLanes; ++j) lanes[j] = j < count ? values[j] : fill;
+  }
+  return lanes;
+}
+
+inline bool any(LaneMask mask) {
+  uint64_t words[sizeof(mask) / sizeof(uint64_t)], all = 0;
+  std::memcpy(words, &mask, sizeof(mask));
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+}
 
 struct Range {
   float low = std::numeric_limits<float>::infinity(), high = -std::numeric_limits<float>::infinity();
 };
 
 // Least and greatest value of every tile of a map, NaN ignored.
-std::vector<Range> tile_ranges(const float* map, int64_t cells) {
-  std::vector<Range> ranges;
-  ranges.reserve(cells / kTile + 1);
-  for (int64_t start = 0; start < cells; start += kTile) {
-    const int64_t end = std::min(cells, start + kTile);
-    float low[kLanes], high[kLanes];
-    std::fill(low, low + kLanes, Range().low);
-    std::fill(high, high + kLanes, Range().high);
-    int64_t i = start;
-    for (; i + kLanes <= end; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        low[j] = map[i + j] < low[j] ? map[i + j] : low[j];
-        high[j] = map[i + j] > high[j] ? map[i + j] : high[j];
+std::vector<Range> tile_ranges(const float* map, const Tiling& tiling) {
+  std::vector<Range> ranges(tiling.count());
+  for (size_t tile = 0; tile < ranges.size(); ++tile) {
+    Range& range = ranges[tile];
+    Lanes low = Lanes{} + range.low, high = Lanes{} + range.high;
+    tiling.rows(tile, [&](int64_t cell, int64_t count) {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const Lanes value = load(map + cell + i, count - i, std::nanf(""));
+        low = value < low ? value : low;
+        high = value > high ? value : high;
       }
-    }
-    for (; i < end; ++i) {
-      low[0] = map[i] < low[0] ? map[i] : low[0];
-      high[0] = map[i] > high[0] ? map[i] : high[0];
-    }
-    ranges.push_back({*std::min_element(low, low + kLanes), *std::max_element(high, high + kLanes)});
+    });
+    for (int j = 0; j < kLanes; ++j) range = {std::min(range.low, low[j]), std::max(range.high, high[j])};
   }
   return ranges;
 }
@@ -55,31 +84,38 @@ struct Candidate {
 std::vector<Candidate> find_candidates(const TagMaps& maps, int64_t keypoint, const std::vector<Range>& tiles,
                                        const GroupingOptions& options) {
   const int64_t cells = maps.height * maps.width, half = options.window / 2;
+  const Tiling tiling{maps.height, maps.width};
   const float* map = maps.heatmaps + keypoint * cells;
+  // whether no finite value around is greater, or equal and before this one
+  const auto is_peak = [&](int64_t cell) {
+    const int64_t y = cell / maps.width, x = cell % maps.width;
+    for (int64_t v = std::max<int64_t>(y - half, 0); v <= std::min(y + half, maps.height - 1); ++v) {
+      for (int64_t u = std::max<int64_t>(x - half, 0); u <= std::min(x + half, maps.width - 1); ++u) {
+        const int64_t other = v * maps.width + u;
+        if (std::isfinite(map[other]) && (map[other] > map[cell] || (map[other] == map[cell] && other < cell))) {
+          return false;
+        }
+      }
+    }
+    return true;
+  };
+  const auto has_tags = [&](int64_t cell) {
+    for (int64_t d = 0; d < maps.dims; ++d) {
+      if (!std::isfinite(maps.tags[(d * maps.keypoints + keypoint) * cells + cell])) return false;
+    }
+    return true;
+  };
   std::vector<Candidate> found;
   for (size_t tile = 0; tile < tiles.size(); ++tile) {
     if (!(tiles[tile].high > options.detection_threshold)) continue;
-    const int64_t start = int64_t(tile) * kTile;
-    for (int64_t cell = start; cell < std::min(cells, start + kTile); ++cell) {
-      const float value = map[cell];
-      if (!(value > options.detection_threshold) || !std::isfinite(value)) continue;
-      const int64_t y = cell / maps.width, x = cell % maps.width;
-      bool peak = true;
-      for (int64_t v = std::max<int64_t>(y - half, 0); peak && v <= std::min(y + half, maps.height - 1); ++v) {
-        for (int64_t u = std::max<int64_t>(x - half, 0); u <= std::min(x + half, maps.width - 1); ++u) {
-          const int64_t at = v * maps.width + u;
-          const float other = map[at];
-          if (std::isfinite(other) && (other > value || (other == value && at < cell))) {
-            peak = false;
-            break;
-          }
+    tiling.rows(tile, [&](int64_t first, int64_t count) {
+      for (int64_t cell = first; cell < first + count; ++cell) {
+        const float value = map[cell];
+        if (value > options.detection_threshold && std::isfinite(value) && is_peak(cell) && has_tags(cell)) {
+          found.push_back({cell, value});
         }
       }
-      for (int64_t d = 0; peak && d < maps.dims; ++d) {
-        peak = std::isfinite(maps.tags[(d * maps.keypoints + keypoint) * cells + cell]);
-      }
-      if (peak) found.push_back({cell, value});
-    }
+    });
   }
   const auto better = [](const Candidate& a, const Candidate& b) {
     return a.value != b.value ? a.value > b.value : a.cell < b.cell;
@@ -151,7 +187,7 @@ class Grouping {
  public:
   Grouping(const TagMaps& maps, const GroupingOptions& options) : maps_(maps), options_(options) {
     for (int64_t k = 0; k < maps.keypoints; ++k) {
-      tiles_.push_back(tile_ranges(maps.heatmaps + k * cells(), cells()));
+      tiles_.push_back(tile_ranges(maps.heatmaps + k * cells(), tiling()));
     }
   }
 
@@ -227,6 +263,7 @@ class Grouping {
 
  private:
   int64_t cells() const { return maps_.height * maps_.width; }
+  Tiling tiling() const { return {maps_.height, maps_.width}; }
   const float* heatmap(int64_t keypoint) const { return maps_.heatmaps + keypoint * cells(); }
   const float* tag(int64_t d, int64_t keypoint) const {
     return maps_.tags + (d * maps_.keypoints + keypoint) * cells();
@@ -245,7 +282,7 @@ class Grouping {
   int64_t find_missing(const Person& person, int64_t keypoint, std::vector<std::vector<Range>>& tag_tiles) const {
     const std::vector<Range>& tiles = tiles_[keypoint];
     if (tag_tiles.empty()) {
-      for (int64_t d = 0; d < maps_.dims; ++d) tag_tiles.push_back(tile_ranges(tag(d, keypoint), cells()));
+      for (int64_t d = 0; d < maps_.dims; ++d) tag_tiles.push_back(tile_ranges(tag(d, keypoint), tiling()));
     }
     std::vector<float> mean(maps_.dims), bound(tiles.size());
     for (int64_t d = 0; d < maps_.dims; ++d) mean[d] = float(person.tag_sum[d] / double(person.count));
@@ -260,6 +297,7 @@ class Grouping {
       bound[tile] = tiles[tile].high - std::max(std::sqrt(sum) * 0.9999f - 0.5f, 0.0f);
     }
     Best best;
+    if (bound.empty()) return -1;
     const size_t first = std::max_element(bound.begin(), bound.end()) - bound.begin();
     search_tile(first, keypoint, mean, best);
     for (size_t tile = 0; tile < tiles.size(); ++tile) {
@@ -276,27 +314,26 @@ class Grouping {
   // Single precision, as in the original.
   void search_tile(int64_t tile, int64_t keypoint, const std::vector<float>& mean, Best& best) const {
     const float* map = heatmap(keypoint);
-    for (int64_t start = tile * kTile, end = std::min(cells(), start + kTile); start < end; start += kLanes) {
-      const int lanes = int(std::min<int64_t>(kLanes, end - start));
-      float sum[kLanes] = {};
-      for (int64_t d = 0; d < maps_.dims; ++d) {
-        const float* values = tag(d, keypoint) + start;
-        for (int j = 0; j < lanes; ++j) sum[j] += (values[j] - mean[d]) * (values[j] - mean[d]);
-      }
-      // a cell can win only if its distance is at most its lead and a half
-      int hits = 0;
-      for (int j = 0; j < lanes; ++j) {
-        const float lead = map[start + j] - best.value + 0.5f;
-        hits |= sum[j] <= lead * lead * 1.0001f;
-      }
-      for (int j = 0; hits && j < lanes; ++j) {
-        const float value = map[start + j] - std::nearbyint(std::sqrt(sum[j]));
-        const int64_t cell = start + j;
-        if (std::isfinite(map[cell]) && (value > best.value || (value == best.value && cell < best.cell))) {
-          best = {cell, value};
+    tiling().rows(tile, [&](int64_t first, int64_t row_count) {
+      for (int64_t start = first; start < first + row_count; start += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, first + row_count - start);
+        const Lanes value = load(map + start, count, -std::numeric_limits<float>::infinity());
+        Lanes squared = {};
+        for (int64_t d = 0; d < maps_.dims; ++d) {
+          const Lanes difference = load(tag(d, keypoint) + start, count, 0.0f) - mean[d];
+          squared += difference * difference;
+        }
+        // a cell can win only if its distance is at most its lead and a half
+        const Lanes lead = value - best.value + 0.5f;
+        if (!any((value >= best.value) & (squared <= lead * lead * 1.0001f))) continue;
+        for (int j = 0; j < count; ++j) {
+          if (!(value[j] >= best.value) || !std::isfinite(value[j])) continue;
+          const float fit = value[j] - std::nearbyint(std::sqrt(squared[j]));
+          const int64_t cell = start + j;
+          if (fit > best.value || (fit == best.value && cell < best.cell)) best = {cell, fit};
         }
       }
-    }
+    });
   }
 
   // Writes x, y and value: the centre of the cell, half a cell further, and a quarter towards the greater neighbour.

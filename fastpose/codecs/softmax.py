@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastpose.codecs.base import HeatmapCodec, blur
+from fastpose.codecs.base import HeatmapCodec, Neighbours, blur, peaks
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,11 @@ class SoftmaxHeatmapCodec(HeatmapCodec):
         if p.numel() == 0:
             return p.new_zeros(b, k, 2), p.new_zeros(b, k)
         smooth = self._smooth(p)
-        peak, index = smooth.flatten(2).max(dim=2)
-        y, x = torch.div(index, width, rounding_mode="floor"), index % width
-        log_map = torch.log(smooth.clamp(min=1e-12)).flatten(2)
-        dx = self._parabola(log_map, index, x, width, 1)
-        dy = self._parabola(log_map, index, y, height, width)
-        cells = torch.stack([x.float() + dx, y.float() + dy], dim=-1)
+        peak, x, y = peaks(smooth)
+        near = Neighbours(smooth, x, y)
+        dx = self._parabola(near(-1, 0), near(0, 0), near(1, 0), (x > 0) & (x < width - 1))
+        dy = self._parabola(near(0, -1), near(0, 0), near(0, 1), (y > 0) & (y < height - 1))
+        cells = torch.stack([x + dx, y + dy], dim=-1)
         # the smoothed peak of the training target itself is 1 / (2 pi (sigma^2 + blur^2))
         score = (peak * (2 * math.pi * (self.sigma**2 + self.blur**2))).clamp(0.0, 1.0)
         return cells * self.stride + (self.stride - 1) / 2, score
@@ -103,12 +102,9 @@ class SoftmaxHeatmapCodec(HeatmapCodec):
         return blur(p, taps / taps.sum())
 
     @staticmethod
-    def _parabola(log_map: Tensor, index: Tensor, position: Tensor, length: int, step: int) -> Tensor:
-        """Offset in [-0.5, 0.5] of the vertex of the parabola through the maximum and its neighbours."""
-        inner = (position > 0) & (position < length - 1)
-        here = log_map.gather(2, index.unsqueeze(-1)).squeeze(-1)
-        before = log_map.gather(2, (index - step).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        after = log_map.gather(2, (index + step).clamp(max=log_map.shape[2] - 1).unsqueeze(-1)).squeeze(-1)
+    def _parabola(before: Tensor, here: Tensor, after: Tensor, inner: Tensor) -> Tensor:
+        """Offset in [-0.5, 0.5] of the vertex of the parabola through the logarithms; 0 where not `inner`."""
+        before, here, after = (v.clamp(min=1e-12).log() for v in (before, here, after))
         curvature = 2 * here - before - after
         offset = (after - before) / (2 * curvature.clamp(min=1e-6))
-        return torch.where(inner, offset.clamp(-0.5, 0.5), torch.zeros_like(offset))
+        return torch.where(inner, offset.clamp(-0.5, 0.5), 0.0)
