@@ -65,6 +65,9 @@ SHORTER = {
 # a sigmoid gate on large activations is steep and multiplies rounding: (float32, bfloat16) tolerance of such networks
 TOLERANCE = {"hr_litenet": (1e-4, 0.3)}
 MODELS = fastpose.list_models()
+# every network; those that take long can be left out with -m "not slow"
+QUICK = {"hr_litenet", "lite_csw_hrnet", "lite_hrnet_18", "mobileposenet", "small_hrnet_w16"}
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 
 
 def test_every_model_is_counted():
@@ -128,7 +131,7 @@ def sizes(name: str) -> list[tuple[int, int]]:
     return others if name in LARGE else [paper, *others]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_forward_fused_equals_reference(name):
     model = build(name, num_keypoints=5)
     reference = reference_copy(model, name, num_keypoints=5)
@@ -152,7 +155,7 @@ def test_forward_fused_equals_reference(name):
     assert relative(expected, exact) < 1e-4
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_backward(name):
     m = fastpose.create_model(name).input_multiple
     x = torch.randn(2, 3, 2 * m, 2 * m, dtype=torch.float64)
@@ -182,7 +185,7 @@ def test_folded_weights_are_never_stale():
         assert relative(a.eval()(x), reference_copy(a, "mobileposenet")(x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_script_and_export(name, tmp_path):
     model = build(name, num_keypoints=4, **SHORTER.get(name, {}))
     m = model.input_multiple
@@ -234,7 +237,7 @@ def test_scripted_fused_model_loads_with_the_library_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_autocast_bfloat16(name):
     model = build(name)
     x = torch.randn(2, 3, 2 * model.input_multiple, 2 * model.input_multiple)
