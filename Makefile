@@ -19,7 +19,7 @@ demo: build
 	@$(RUN) -m fastpose predict "$(IMAGE)" --output demo
 
 test: build
-	@$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
 
 build: $(VENV)/.built
 	@$(RUN) -c "from fastpose.ops import _backend as b; \
@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "fastpose: installing the tested versions of torch and its companions into $(VENV)"
 	@$(PIP) install -c $(CONSTRAINTS) torch numpy setuptools wheel ninja pybind11
-	@$(PIP) install -c $(CONSTRAINTS) opencv-python safetensors tqdm pytest scipy pycocotools scikit-image
+	@$(PIP) install -c $(CONSTRAINTS) opencv-python safetensors tqdm pytest pytest-xdist scipy pycocotools scikit-image
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
@@ -44,7 +44,7 @@ abi: build
 	  test -d $(VENV)-$$version || ($(PYTHON) -m venv $(VENV)-$$version && $(VENV)-$$version/bin/python -m pip install -q \
 	    torch==$$version numpy opencv-python safetensors tqdm pytest scipy scikit-image) || exit 1; \
 	  echo "torch $$version"; \
-	  PYTHONPATH=. FASTPOSE_FUSED=1 $(VENV)-$$version/bin/python -m pytest -q tests/ops tests/test_models.py || exit 1; \
+	  PYTHONPATH=. FASTPOSE_FUSED=1 $(VENV)-$$version/bin/python -m pytest -q tests/ops tests/test_plan.py tests/test_models.py || exit 1; \
 	done
 
 lint:
