@@ -66,8 +66,13 @@ def dw_upsample_reference(
             "dw_upsample: expected stride >= 1, padding >= 0 and output_padding in [0, stride), got "
             f"{stride}, {padding} and {output_padding}"
         )
+    dtype = x.dtype
+    if not x.is_cuda and (dtype == torch.float16 or dtype == torch.bfloat16):
+        # on a CPU torch may add up in half precision, depending on the number of threads; the kernels never do
+        x, weight = x.float(), weight.float()
+        bias = None if bias is None else bias.float()
     y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups=max(c, 1))
-    return _backend.activate(y, activation)
+    return _backend.activate(y, activation).to(dtype)
 
 
 def _backward_reference(
