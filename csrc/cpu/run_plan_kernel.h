@@ -278,7 +278,7 @@ void depthwise_rows(const PlanTask& t, int64_t begin, int64_t end) {
   // columns whose window lies inside the map
   const int64_t safe_begin = (p + kS - 1) / kS;
   const int64_t last = (width - kK + p) / kS;  // the last safe column, if width + p >= kK
-  const int64_t safe_end = width + p < kK ? safe_begin : last + 1 < columns ? last + 1 : columns;
+  const int64_t safe_end = width + p < kK ? 0 : last + 1 < columns ? last + 1 : columns;
   for (int64_t y = begin; y < end; ++y) {
     const float* rows[kK];
     for (int ky = 0; ky < kK; ++ky) {
