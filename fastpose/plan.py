@@ -25,9 +25,9 @@ aten = torch.ops.aten
 Node = Any  # fx.Node, whose arguments have no useful static type
 
 # as in csrc/cpu/run_plan.h
-PAD, PANEL, VERSION = 16, 32, 1
-CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, CONCAT, CHANNEL_STATS, SCALE_PIXELS = range(13)
-SLICE, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(13, 19)
+PAD, PANEL, VERSION = 16, 32, 2
+CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, INTERLEAVE, CHANNEL_STATS = range(12)
+SCALE_PIXELS, COPY, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(12, 19)
 ACTIVATIONS = {
     aten.relu.default: 1,
     aten.relu_.default: 1,
@@ -95,10 +95,31 @@ class _Step:
 
 @dataclass
 class _Program:
+    # of every map: its channels; the map that holds them, itself or one of more channels; which channels they are there
     channels: list[int] = field(default_factory=list)
+    base: list[int] = field(default_factory=list)
+    first: list[int] = field(default_factory=list)
     steps: list[list[int]] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     length: int = 0
+
+    def new_map(self, channels: int) -> int:
+        self.channels.append(channels)
+        self.base.append(len(self.base))
+        self.first.append(0)
+        return len(self.base) - 1
+
+    def part(self, whole: int, first: int, channels: int) -> int:
+        """Channels [first, first + channels) of the map `whole`."""
+        part = self.new_map(channels)
+        self.base[part], self.first[part] = self.base[whole], self.first[whole] + first
+        return part
+
+    def move(self, part: int, whole: int, first: int) -> None:
+        """Let the map `part`, so far on its own, lie in `whole` from channel `first` on."""
+        for m, base in enumerate(self.base):
+            if base == part:
+                self.base[m], self.first[m] = whole, self.first[m] + first
 
     def constant(self, tensor: Tensor) -> int:
         """Append numbers, aligned to a vector; returns their offset."""
@@ -150,33 +171,31 @@ class _Lowering:
         self.claimed: set[Node] = set()  # folded into an instruction
         self.ending: dict[Node, list[_Step]] = {}  # instructions by their last node
         self.same: dict[Node, Node] = {}  # nodes that pass a value on unchanged
-        # left to those who use them: a gate plus a number, an upsampled map, a mean or maximum over channels
+        # left to those who use them: a map times a gate, a gate plus a number, an upsampled map, a mean or maximum over
+        # channels
+        self.gated: dict[Node, _Step] = {}
         self.plus: dict[Node, tuple[Node, float]] = {}
         self.enlarged: dict[Node, tuple[Node, int]] = {}
         self.over_channels: dict[Node, Node] = {}
+        self.program = _Program()
+        self.maps: dict[Node, int] = {}
 
     def lower(self) -> Optimized:
-        program = _Program()
-        maps: dict[Node, int] = {}
-
-        def new_map(value: Node) -> int:
-            maps[value] = len(program.channels)
-            program.channels.append(self.channels(value))
-            return maps[value]
-
+        program, maps = self.program, self.maps
         inputs = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.tensors]
         if len(inputs) != 1:
             raise NotOptimizable(f"{self.name} must take one tensor, it takes {len(inputs)}")
-        new_map(inputs[0])
+        maps[inputs[0]] = program.new_map(self.channels(inputs[0]))
         for node in self.graph.nodes:
             if node.op == "call_function" and node not in self.claimed:
                 self.match(node)
             for step in self.ending.get(node, ()):
-                self.emit(step, program, maps, new_map)
+                self.emit(step)
         (output,) = [n for n in self.graph.nodes if n.op == "output"]
         results = [self.value(n) for n in output.args[0]]
-        header = [VERSION, len(program.channels), len(program.steps), maps[inputs[0]], len(results)]
-        flat = header + [maps[n] for n in results] + program.channels + [v for s in program.steps for v in s]
+        header = [VERSION, len(program.base), len(program.steps), maps[inputs[0]], len(results)]
+        flat = header + [maps[n] for n in results] + program.channels + program.base + program.first
+        flat += [v for s in program.steps for v in s]
         sizes = [n for node in results for n in self.size(node, inputs[0])]
         return Optimized(torch.tensor(flat), torch.cat(program.weights), self.name, self.multiple, sizes)
 
@@ -190,20 +209,16 @@ class _Lowering:
 
     def end(self, step: _Step) -> None:
         """Emit `step` when its last node is reached: by then all its operands have been."""
-        node = step.out[0] if isinstance(step.out, tuple) else step.out
-        self.ending.setdefault(node, []).append(step)
+        self.ending.setdefault(step.out, []).append(step)
 
     def channels(self, value: Node) -> int:
-        """Number of channels of a value: a node, or (node, number of channels) for a part of a concatenation."""
-        if isinstance(value, tuple):
-            return int(value[1])
         shape = value.meta["val"].shape
         return int(shape[1] if len(shape) == 4 else shape[-1])  # [B, C] and [B, 1, C] are maps of one pixel
 
     def value(self, node: Any) -> Node:
         while node in self.same:
             node = self.same[node]
-        if not isinstance(node, (fx.Node, tuple)):
+        if not isinstance(node, fx.Node) and node not in self.maps:
             raise NotOptimizable(f"{self.name}: an operand is {node!r}, expected a feature map")
         return node
 
@@ -281,6 +296,9 @@ class _Lowering:
             self.claimed.add(norm)
             last = norm
         step = _Step(op, node, node, given["input"], kernel=k, stride=stride, padding=padding, weight=weight, bias=bias)
+        gated = self.gated.get(given["input"])
+        if gated is not None:
+            step.operand, step.gate, step.constant = gated.operand, gated.gate, gated.constant
         self.finish(step, last, residual=op == CONV)
 
     def square(self, node: Node, value: Any) -> int:
@@ -296,8 +314,12 @@ class _Lowering:
         everything = sorted(dims) == [2, 3] or (dims == [3] and shape[2] == 1) or (dims == [2] and shape[3] == 1)
         if not keep or not (everything or dims == [1]):
             raise NotOptimizable(f"{self.name}: {node.target} over {dims} of {list(shape)}, keepdim {keep}, is unknown")
-        if dims == [1]:
+        if dims == [1] and all(u.target is aten.cat.default for u in node.users):
             self.over_channels[node] = x  # taken by the concatenation of mean and maximum
+        elif dims == [1] and node.target is aten.mean.dim:
+            self.end(_Step(CHANNEL_STATS, node, node, x))
+        elif dims == [1]:
+            raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported")
         else:
             self.finish(_Step(REDUCTIONS[node.target], node, node, x), node, residual=False)
 
@@ -313,8 +335,10 @@ class _Lowering:
                     step.gate, step.constant = self.plus[gate]
                 break
             if small[1] == 1 and full[2:] == (1, 1):
-                self.end(_Step(OUTER, node, node, x, gate=gate))
-                return
+                step = _Step(OUTER, node, node, x, gate=gate)
+                if gate in self.enlarged:
+                    step.gate, step.factor = self.enlarged[gate]
+                break
             if small[1] == 1 and small[2:] == full[2:] and gate not in self.enlarged:
                 step = _Step(SCALE_PIXELS, node, node, x, gate=gate)
                 break
@@ -326,7 +350,33 @@ class _Lowering:
         else:
             shapes = [list(v.meta["val"].shape) for v in (a, b)]
             raise NotOptimizable(f"{self.name}: a product of {shapes[0]} and {shapes[1]} is not supported")
+        if step.op == SCALE and (self.gates_depthwise(step) or self.joins_shuffle(step)):
+            return
         self.finish(step, node, residual=step.op != MULTIPLY)
+
+    def gates_depthwise(self, step: _Step) -> bool:
+        """Leave a map times a gate to the depthwise convolution that is its only use."""
+        conv = self.follower(step.node, (aten.conv2d.default,))
+        if conv is None or conv.args[0] is not step.node:
+            return False
+        if len(conv.args) < 7 or not 1 < conv.args[6] == self.channels(step.node):
+            return False
+        self.gated[step.node] = step
+        return True
+
+    def joins_shuffle(self, step: _Step) -> bool:
+        """Write a map times a gate straight into the shuffle of two halves that is its only use, as the second."""
+        cat = self.follower(step.node, (aten.cat.default,))
+        if cat is None or len(cat.args[0]) != 2 or cat.args[0][1] is not step.node:
+            return False
+        first = cat.args[0][0]
+        end = self.shuffle_after(cat) if first.meta["val"].shape == step.node.meta["val"].shape else None
+        if end is None or first in self.enlarged:
+            return False
+        self.claimed.add(cat)
+        step.op, step.operand, step.other, step.out = INTERLEAVE, first, step.operand, end
+        self.end(step)
+        return True
 
     def add(self, node: Node) -> None:
         a, b = node.args[:2]
@@ -349,13 +399,12 @@ class _Lowering:
         raise NotOptimizable(f"{self.name}: the addition {node.format_node()} is not supported")
 
     def enlarge(self, node: Node) -> None:
-        """Nearest-neighbour upsampling: left to the sums and products that use it."""
+        """Nearest-neighbour upsampling: left to the sums, products and concatenations that use it."""
         x = node.args[0]
         (h, w), (height, width) = x.meta["val"].shape[2:], node.meta["val"].shape[2:]
         factor = height // h
-        if (height, width) != (factor * h, factor * w) or not all(
-            u.target in (*ADDITIONS, *MULTIPLICATIONS) for u in node.users
-        ):
+        users = (*ADDITIONS, *MULTIPLICATIONS, aten.cat.default, aten.slice.Tensor)
+        if (height, width) != (factor * h, factor * w) or not all(u.target in users for u in node.users):
             raise NotOptimizable(f"{self.name}: upsampling from {h} x {w} to {height} x {width} is not supported")
         self.enlarged[node] = (self.value(x), factor)
 
@@ -367,15 +416,13 @@ class _Lowering:
             if kinds == [aten.mean.dim, aten.amax.default] and len({self.over_channels[p] for p in parts}) == 1:
                 self.end(_Step(CHANNEL_STATS, node, node, self.over_channels[parts[0]]))
                 return
-        elif len(parts) == 2 and dim % 4 == 1:
-            step = _Step(CONCAT, node, node, parts[0], other=parts[1])
-            shuffled = self.shuffle_after(node)
-            if shuffled is not None and shapes[0] == shapes[1]:
-                step.kernel, step.out = 2, shuffled  # interleaved
-            self.end(step)
-            return
-        elif len(parts) > 2 and dim % 4 == 1:
-            self.join(node, list(parts))
+        elif dim % 4 == 1:
+            even = len(parts) == 2 and shapes[0] == shapes[1] and not any(p in self.enlarged for p in parts)
+            shuffled = self.shuffle_after(node) if even else None
+            if shuffled is not None:
+                self.end(_Step(INTERLEAVE, node, shuffled, parts[0], other=parts[1]))
+            else:
+                self.join(node, parts)
             return
         elif len(parts) == 2 and all(s[2:] == [1, 1] for s in shapes):
             self.end(_Step(STACK, node, node, parts[0], other=parts[1]))
@@ -383,13 +430,18 @@ class _Lowering:
         raise NotOptimizable(f"{self.name}: concatenation of {shapes} along dimension {dim} is not supported")
 
     def join(self, node: Node, parts: list[Node]) -> None:
-        """Concatenation of more than two maps, one after the other."""
-        total = parts[0]
-        for part in parts[1:]:
-            channels = self.channels(total) + self.channels(part)
-            out = node if part is parts[-1] else (node, channels)
-            self.end(_Step(CONCAT, node, out, total, other=part))
-            total = out
+        """Concatenation: a part that has a map of its own moves into the result, others are copied."""
+        program, at = self.program, 0
+        whole = self.maps[node] = program.new_map(self.channels(node))
+        for part in parts:
+            small, factor = self.enlarged.get(part, (part, 1))
+            held = self.maps[self.value(small)]
+            if factor == 1 and held > 0 and program.base[held] == held:  # map 0 is the image
+                program.move(held, whole, at)
+            else:
+                to = program.part(whole, at, program.channels[held])
+                program.steps.append([COPY, held, -1, -1, to, 1, 1, 0, 0, -1, -1, factor, 0])
+            at += program.channels[held]
 
     def shuffle_after(self, node: Node) -> Node | None:
         """The end of a channel shuffle in two groups of `node`, its only use: view, transpose, reshape."""
@@ -407,18 +459,31 @@ class _Lowering:
         return back
 
     def split(self, node: Node) -> None:
-        """`chunk` and `split_with_sizes` along the channels; every part is an instruction of its own."""
+        """`chunk` and `split_with_sizes` along the channels: every part is read where it lies."""
         dim = node.args[2] if len(node.args) > 2 else 0
         if dim % 4 != 1:
             raise NotOptimizable(f"{self.name}: {node.target} along dimension {dim} is not supported")
-        at = 0
-        starts = []
-        for part in node.meta["val"]:
-            starts.append(at)
-            at += int(part.shape[1])
+        sizes = [int(part.shape[1]) for part in node.meta["val"]]
         for user in node.users:
             self.claimed.add(user)
-            self.end(_Step(SLICE, node, user, node.args[0], padding=starts[user.args[1]]))
+            self.range(node.args[0], sum(sizes[: user.args[1]]), user)
+
+    def slice(self, node: Node) -> None:
+        x, dim, first = (*node.args, 0, 0)[:3]
+        if dim % 4 != 1 or len(node.args) > 4:
+            raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported")
+        self.range(x, first or 0, node)
+
+    def range(self, x: Node, first: int, part: Node) -> None:
+        """`part` is channels of `x` from `first` on."""
+        if x in self.enlarged:
+            small, factor = self.enlarged[x]
+            self.maps[(part, "small")] = self.program.part(self.maps[small], first, self.channels(part))
+            self.enlarged[part] = ((part, "small"), factor)
+            return
+        if self.maps[self.value(x)] == 0:
+            raise NotOptimizable(f"{self.name}: channels of the image on their own are not supported")
+        self.maps[part] = self.program.part(self.maps[self.value(x)], first, self.channels(part))
 
     def average_pool(self, node: Node) -> None:
         kernel = self.square(node, node.args[1])
@@ -460,9 +525,11 @@ class _Lowering:
     def unchanged(self, node: Node) -> None:
         self.same[node] = node.args[0]
 
-    def emit(self, step: _Step, program: _Program, maps: dict[Node, int], new_map: Callable[[Node], int]) -> None:
+    def emit(self, step: _Step) -> None:
+        program = self.program
+
         def operand(node: Node | None) -> int:
-            return -1 if node is None else maps[self.value(node)]
+            return -1 if node is None else self.maps[self.value(node)]
 
         read = [operand(n) for n in (step.operand, step.other, step.gate)]
         weight = bias = -1
@@ -475,7 +542,8 @@ class _Lowering:
             bias = program.constant(numbers)
         constant = struct.unpack("<i", struct.pack("<f", step.constant))[0]
         fields = [step.kernel, step.stride, step.padding, step.act, weight, bias, step.factor, constant]
-        program.steps.append([step.op, *read, new_map(step.out), *fields])
+        self.maps[step.out] = program.new_map(self.channels(step.out))
+        program.steps.append([step.op, *read, self.maps[step.out], *fields])
 
 
 def _pack(op: int, weight: Tensor) -> Tensor:
@@ -502,6 +570,7 @@ PATTERNS: dict[Any, Callable[[_Lowering, Node], None]] = {
     aten.transpose.int: _Lowering.vector,
     aten.chunk.default: _Lowering.split,
     aten.split_with_sizes.default: _Lowering.split,
+    aten.slice.Tensor: _Lowering.slice,
     aten.avg_pool2d.default: _Lowering.average_pool,
     aten.upsample_bilinear2d.vec: _Lowering.bilinear,
     **{target: _Lowering.multiply for target in MULTIPLICATIONS},

@@ -56,25 +56,6 @@ FASTPOSE_INLINE void store_as(Half* p, Vec<float> v) {
 
 // ---- transposing a square of vectors: log2(lanes) perfect shuffles of its rows
 
-#define FASTPOSE_INTERLEAVE(A, N, LOW, HIGH)                                                                  \
-  typedef A A##x##N __attribute__((vector_size(N * sizeof(A))));                                              \
-  FASTPOSE_INLINE A##x##N interleave_low(A##x##N a, A##x##N b) { return __builtin_shufflevector(a, b, LOW); } \
-  FASTPOSE_INLINE A##x##N interleave_high(A##x##N a, A##x##N b) { return __builtin_shufflevector(a, b, HIGH); }
-#define FASTPOSE_LIST(...) __VA_ARGS__
-#if FASTPOSE_VECTOR_BYTES == 64
-FASTPOSE_INTERLEAVE(float, 16, FASTPOSE_LIST(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
-                    FASTPOSE_LIST(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31))
-FASTPOSE_INTERLEAVE(double, 8, FASTPOSE_LIST(0, 8, 1, 9, 2, 10, 3, 11), FASTPOSE_LIST(4, 12, 5, 13, 6, 14, 7, 15))
-#elif FASTPOSE_VECTOR_BYTES == 32
-FASTPOSE_INTERLEAVE(float, 8, FASTPOSE_LIST(0, 8, 1, 9, 2, 10, 3, 11), FASTPOSE_LIST(4, 12, 5, 13, 6, 14, 7, 15))
-FASTPOSE_INTERLEAVE(double, 4, FASTPOSE_LIST(0, 4, 1, 5), FASTPOSE_LIST(2, 6, 3, 7))
-#else
-FASTPOSE_INTERLEAVE(float, 4, FASTPOSE_LIST(0, 4, 1, 5), FASTPOSE_LIST(2, 6, 3, 7))
-FASTPOSE_INTERLEAVE(double, 2, FASTPOSE_LIST(0, 2), FASTPOSE_LIST(1, 3))
-#endif
-#undef FASTPOSE_INTERLEAVE
-#undef FASTPOSE_LIST
-
 template <class A>
 FASTPOSE_INLINE void transpose(Vec<A>* rows) {
   constexpr int L = kLanes<A>;

@@ -24,14 +24,15 @@
 namespace fastpose {
 namespace {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int64_t kStepFields = 13;
 constexpr int kArenaSlot = 1, kGatherSlot = 2;
 
 struct Plan {
-  std::vector<int64_t> channels;  // per map
+  // per map; `base` is the map itself or the one of whose channels it is those from `first` on
+  std::vector<int64_t> channels, base, first;
   std::vector<PlanStep> steps;
-  std::vector<int64_t> outputs, last_use;
+  std::vector<int64_t> outputs, last_use;  // the latter of bases
   int64_t input = 0;
   const float* weights = nullptr;
 };
@@ -55,20 +56,55 @@ Plan parse(const Tensor& program, const Tensor& weights) {
                  ", this library runs version ", kVersion, "; optimise the model again");
   const int64_t maps = p[1], steps = p[2], outputs = p[4];
   FASTPOSE_CHECK(maps > 0 && steps >= 0 && outputs > 0 && maps < (1 << 20) && steps < (1 << 20) && outputs <= maps &&
-                     length == 5 + outputs + maps + steps * kStepFields,
+                     length == 5 + outputs + 3 * maps + steps * kStepFields,
                  op, ": program is damaged (length)");
   Plan plan;
   plan.input = p[3];
   plan.outputs.assign(p + 5, p + 5 + outputs);
-  plan.channels.assign(p + 5 + outputs, p + 5 + outputs + maps);
+  const int64_t* of_maps = p + 5 + outputs;
+  plan.channels.assign(of_maps, of_maps + maps);
+  plan.base.assign(of_maps + maps, of_maps + 2 * maps);
+  plan.first.assign(of_maps + 2 * maps, of_maps + 3 * maps);
   plan.weights = static_cast<const float*>(weights.const_data_ptr());
   plan.last_use.assign(static_cast<size_t>(maps), -1);
-  std::vector<bool> written(static_cast<size_t>(maps));
   const auto valid = [&](int64_t m) { return m >= 0 && m < maps; };
   FASTPOSE_CHECK(valid(plan.input), op, ": program is damaged (input)");
-  written[static_cast<size_t>(plan.input)] = true;
-  for (const int64_t c : plan.channels) FASTPOSE_CHECK(c > 0 && c < (1 << 20), op, ": program is damaged (channels)");
-  const int64_t* q = p + 5 + outputs + maps;
+  int64_t total = 0;
+  for (const int64_t c : plan.channels) {
+    FASTPOSE_CHECK(c > 0 && c < (1 << 20) && (total += c) < (1 << 28), op, ": program is damaged (channels)");
+  }
+  for (size_t m = 0; m < plan.channels.size(); ++m) {
+    const int64_t base = plan.base[m], first = plan.first[m];
+    const size_t b = static_cast<size_t>(valid(base) ? base : 0);
+    FASTPOSE_CHECK(valid(base) && plan.base[b] == base && plan.first[b] == 0 && first >= 0 && first < (1 << 20) &&
+                       first + plan.channels[m] <= plan.channels[b] && (base != plan.input || m == b),
+                   op, ": program is damaged (map ", m, ")");
+  }
+  // Which channels have been written, a bit each: every one is once, and before it is read.
+  std::vector<std::vector<uint64_t>> written(static_cast<size_t>(maps));
+  const auto each_word = [&](int64_t m, const auto& f) {
+    const size_t i = static_cast<size_t>(m), base = static_cast<size_t>(plan.base[i]);
+    written[base].resize(static_cast<size_t>(ceil_div(plan.channels[base], 64)));
+    const int64_t begin = plan.first[i], end = begin + plan.channels[i];
+    for (int64_t c = begin / 64 * 64; c < end; c += 64) {
+      const uint64_t above = c < begin ? ~uint64_t{0} << (begin - c) : ~uint64_t{0};
+      const uint64_t below = end - c < 64 ? ~(~uint64_t{0} << (end - c)) : ~uint64_t{0};
+      f(written[base][static_cast<size_t>(c / 64)], above & below);
+    }
+  };
+  const auto mark = [&](int64_t m) { each_word(m, [](uint64_t& word, uint64_t mask) { word |= mask; }); };
+  const auto readable = [&](int64_t m) {
+    bool all = true;
+    each_word(m, [&](uint64_t word, uint64_t mask) { all = all && (word & mask) == mask; });
+    return all;
+  };
+  const auto untouched = [&](int64_t m) {
+    bool none = true;
+    each_word(m, [&](uint64_t word, uint64_t mask) { none = none && (word & mask) == 0; });
+    return none;
+  };
+  mark(plan.input);
+  const int64_t* q = of_maps + 3 * maps;
   for (int64_t i = 0; i < steps; ++i, q += kStepFields) {
     float constant;
     const int32_t bits = static_cast<int32_t>(q[12]);
@@ -79,12 +115,13 @@ Plan parse(const Tensor& program, const Tensor& weights) {
               q[8] <= static_cast<int64_t>(PlanAct::kSigmoid);
     for (const int64_t m : {s.in, s.other, s.gate}) {
       if (m == -1 && m != s.in) continue;
-      ok = ok && valid(m) && written[static_cast<size_t>(m)];
-      if (ok) plan.last_use[static_cast<size_t>(m)] = i;
+      ok = ok && valid(m) && readable(m);
+      if (ok) plan.last_use[static_cast<size_t>(plan.base[static_cast<size_t>(m)])] = i;
     }
-    ok = ok && valid(s.out) && !written[static_cast<size_t>(s.out)];
+    ok = ok && valid(s.out) && untouched(s.out);
     FASTPOSE_CHECK(ok, op, ": program is damaged (step ", i, ")");
-    written[static_cast<size_t>(s.out)] = true;
+    mark(s.out);
+    plan.last_use[static_cast<size_t>(plan.base[static_cast<size_t>(s.out)])] = i;
     const int64_t in_channels = plan.channels[static_cast<size_t>(s.in)];
     const int64_t out_channels = plan.channels[static_cast<size_t>(s.out)];
     const int64_t out_stride = ceil_div(out_channels, kPad) * kPad;
@@ -92,13 +129,10 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     if (s.op == PlanOp::kConv) {
       ok = s.kernel >= 1 && s.kernel <= 31 && s.stride >= 1 && s.stride <= 31 && s.padding >= 0 && s.padding < s.kernel;
       needed = s.kernel * s.kernel * in_channels * out_stride;
-    } else if (s.op == PlanOp::kConcat) {
-      ok = s.other >= 0 && out_channels == in_channels + plan.channels[static_cast<size_t>(s.other)];
-      ok = ok && (s.kernel == 1 || (s.kernel == 2 && 2 * in_channels == out_channels));
+    } else if (s.op == PlanOp::kInterleave) {
+      ok = s.other >= 0 && out_channels == 2 * in_channels;
     } else if (s.op == PlanOp::kChannelStats) {
-      ok = out_channels == 2;
-    } else if (s.op == PlanOp::kSlice) {
-      ok = s.padding >= 0 && s.padding < in_channels && s.padding + out_channels <= in_channels;
+      ok = out_channels <= 2;
     } else {
       ok = in_channels == out_channels;
       if (s.op == PlanOp::kDepthwise) {
@@ -121,34 +155,40 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     const auto has = [&](int64_t m, int64_t channels) {
       return m < 0 || plan.channels[static_cast<size_t>(m)] == channels;
     };
-    ok = ok && (s.op == PlanOp::kConcat || has(s.other, out_channels));
-    ok = ok && has(s.gate, s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ? 1 : out_channels);
+    ok = ok && has(s.other, s.op == PlanOp::kInterleave ? in_channels : out_channels);
+    ok = ok && has(s.gate, s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ? 1 : in_channels);
     ok = ok && s.other != plan.input && (s.op == PlanOp::kConv || s.in != plan.input);  // whose pixels are not padded
     const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter;
-    const bool scaled = s.op == PlanOp::kAdd || s.op == PlanOp::kMultiply;
-    const bool paired = scaled || s.op == PlanOp::kStack || s.op == PlanOp::kConcat;
-    ok = ok && (s.gate >= 0) == gated && (s.other >= 0 || !paired) && s.gate != plan.input;
-    ok = ok && s.factor >= 1 && s.factor <= 64 && (s.factor == 1 || scaled);
+    const bool may_be_gated = gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave;
+    const bool summed = s.op == PlanOp::kAdd || s.op == PlanOp::kMultiply;
+    const bool paired = summed || s.op == PlanOp::kStack || s.op == PlanOp::kInterleave;
+    ok = ok && (s.gate >= 0 ? may_be_gated : !gated) && (s.other >= 0 || !paired) && s.gate != plan.input;
+    ok = ok && s.factor >= 1 && s.factor <= 64 &&
+         (s.factor == 1 || summed || s.op == PlanOp::kOuter || s.op == PlanOp::kCopy);
     FASTPOSE_CHECK(ok, op, ": program is damaged (operands of step ", i, ")");
     plan.steps.push_back(s);
   }
   for (const int64_t m : plan.outputs) {
-    FASTPOSE_CHECK(valid(m) && written[static_cast<size_t>(m)] && m != plan.input, op,
-                   ": program is damaged (outputs)");
-    plan.last_use[static_cast<size_t>(m)] = steps;
+    FASTPOSE_CHECK(valid(m) && readable(m) && m != plan.input, op, ": program is damaged (outputs)");
+    plan.last_use[static_cast<size_t>(plan.base[static_cast<size_t>(m)])] = steps;
   }
   return plan;
 }
 
 // Sizes of all maps for input images of height x width, and their places: a map takes the first gap that is free from
-// the step that writes it to the last that reads it.
+// the first step that writes to it to the last that reads it.
 Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
   Layout l;
   l.maps.resize(plan.channels.size());
   l.offset.assign(plan.channels.size(), -1);
   for (size_t m = 0; m < l.maps.size(); ++m) {
     l.maps[m].channels = plan.channels[m];
-    l.maps[m].stride = ceil_div(plan.channels[m], kPad) * kPad;
+    const size_t base = static_cast<size_t>(plan.base[m]);
+    const int64_t stride = ceil_div(plan.channels[base], kPad) * kPad;
+    l.maps[m].stride = stride;
+    // behind the last channels there is only padding
+    const bool last = plan.first[m] + plan.channels[m] == plan.channels[base];
+    l.maps[m].room = last ? stride - plan.first[m] : plan.channels[m];
   }
   PlanMap& input = l.maps[static_cast<size_t>(plan.input)];
   input.stride = input.channels;
@@ -169,9 +209,16 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     l.floats = std::max(l.floats, begin + size);
   };
   place(plan.input);
+  const auto sized = [&](int64_t m) -> const PlanMap& {  // a map that has been written to
+    const PlanMap& base = l.maps[static_cast<size_t>(plan.base[static_cast<size_t>(m)])];
+    PlanMap& map = l.maps[static_cast<size_t>(m)];
+    map.height = base.height;
+    map.width = base.width;
+    return map;
+  };
   for (size_t i = 0; i < plan.steps.size(); ++i) {
     const PlanStep& s = plan.steps[i];
-    const PlanMap& in = l.maps[static_cast<size_t>(s.in)];
+    const PlanMap& in = sized(s.in);
     PlanMap& out = l.maps[static_cast<size_t>(s.out)];
     out.height = in.height;
     out.width = in.width;
@@ -191,43 +238,65 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       out.height = in.height / s.kernel;
       out.width = in.width / s.kernel;
       FASTPOSE_CHECK(out.pixels() > 0, "run_plan: images of ", height, " x ", width, " are too small for this network");
+    } else if (s.op == PlanOp::kCopy) {
+      out.height = s.factor * in.height;
+      out.width = s.factor * in.width;
     } else if (s.op == PlanOp::kUpsample || s.op == PlanOp::kBilinear) {
       out.height = 2 * in.height;
       out.width = 2 * in.width;
     } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum) {
       out.height = out.width = 1;
     }
+    if (s.op == PlanOp::kOuter) {
+      const PlanMap& gate = sized(s.gate);
+      FASTPOSE_CHECK(in.pixels() == 1, "run_plan: a map has more than one pixel in step ", i);
+      out.height = s.factor * gate.height;
+      out.width = s.factor * gate.width;
+    }
     if (s.other >= 0) {
-      const PlanMap& other = l.maps[static_cast<size_t>(s.other)];
-      FASTPOSE_CHECK(other.height * s.factor == out.height && other.width * s.factor == out.width,
-                     "run_plan: images of ", height, " x ", width, " give maps of different sizes in step ", i);
+      const PlanMap& other = sized(s.other);
+      const int64_t factor = s.op == PlanOp::kOuter ? 1 : s.factor;
+      FASTPOSE_CHECK(other.height * factor == out.height && other.width * factor == out.width, "run_plan: images of ",
+                     height, " x ", width, " give maps of different sizes in step ", i);
     }
     if (s.op == PlanOp::kStack) {
       FASTPOSE_CHECK(in.pixels() == 1, "run_plan: stacked maps must have one pixel in step ", i);
       out.width = 2;
-    }
-    if (s.op == PlanOp::kOuter) {
-      const PlanMap& gate = l.maps[static_cast<size_t>(s.gate)];
-      FASTPOSE_CHECK(in.pixels() == 1, "run_plan: a map has more than one pixel in step ", i);
-      out.height = gate.height;
-      out.width = gate.width;
     }
     if (s.op == PlanOp::kBand) {
       l.gather = std::max(l.gather, in.stride + s.kernel);
       FASTPOSE_CHECK(in.pixels() == 1, "run_plan: a map has more than one pixel in step ", i);
     }
     if (s.op == PlanOp::kScalePixels) {
-      const PlanMap& gate = l.maps[static_cast<size_t>(s.gate)];
+      const PlanMap& gate = sized(s.gate);
       FASTPOSE_CHECK(gate.height == out.height && gate.width == out.width, "run_plan: images of ", height, " x ", width,
                      " give a gate of another size in step ", i);
     }
-    if (s.op == PlanOp::kScale)
-      FASTPOSE_CHECK(l.maps[static_cast<size_t>(s.gate)].pixels() == 1, "run_plan: a gate has pixels");
-    place(s.out);
+    if (s.gate >= 0 && s.op != PlanOp::kScalePixels && s.op != PlanOp::kOuter) {
+      FASTPOSE_CHECK(sized(s.gate).pixels() == 1, "run_plan: a gate has pixels in step ", i);
+    }
+    if (s.op == PlanOp::kDepthwise && s.gate >= 0) {
+      l.gather = std::max(l.gather, s.kernel * s.kernel * ceil_div(out.channels, kPad) * kPad);
+    }
+    const int64_t base = plan.base[static_cast<size_t>(s.out)];
+    PlanMap& whole = l.maps[static_cast<size_t>(base)];
+    if (l.offset[static_cast<size_t>(base)] < 0) {
+      whole.height = out.height;
+      whole.width = out.width;
+      place(base);
+    }
+    FASTPOSE_CHECK(whole.height == out.height && whole.width == out.width, "run_plan: images of ", height, " x ", width,
+                   " give maps of different sizes in step ", i);
     for (size_t u = used.size(); u-- > 0;) {
       const int64_t last = plan.last_use[static_cast<size_t>(used[u].map)];
-      if (last <= static_cast<int64_t>(i) && used[u].map != s.out)
-        used.erase(used.begin() + static_cast<std::ptrdiff_t>(u));
+      if (last <= static_cast<int64_t>(i)) used.erase(used.begin() + static_cast<std::ptrdiff_t>(u));
+    }
+  }
+  for (size_t m = 0; m < l.maps.size(); ++m) {
+    const size_t base = static_cast<size_t>(plan.base[m]);
+    if (base != m && l.offset[base] >= 0) {
+      l.offset[m] = l.offset[base] + plan.first[m];
+      sized(static_cast<int64_t>(m));
     }
   }
   return l;

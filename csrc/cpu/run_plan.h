@@ -2,8 +2,8 @@
 // (fastpose/plan.py) and csrc/cpu/run_plan.cpp runs.
 //
 // Maps are channels-last, float, one image at a time: pixel p of a map begins at p * stride, where stride is the number
-// of channels rounded up to kPad, so that every vector is full; the padding holds finite numbers that nothing depends
-// on.
+// of channels rounded up to kPad, so that every vector is full; nothing depends on the padding. A map may also be a
+// range of another one's channels: concatenations are written in place and slices read in place.
 #pragma once
 
 #include <cstdint>
@@ -16,25 +16,25 @@ constexpr int64_t kPanel = 32;  // output channels per packed panel of a convolu
 enum class PlanAct : int64_t { kNone, kRelu, kHardswish, kSilu, kHardsigmoid, kSigmoid };
 
 enum class PlanOp : int64_t {
-  kConv,       // dense k x k convolution + bias (+ map `other`) + activation; weights [panel][k * k * in][width]
-  kDepthwise,  // depthwise k x k convolution + bias + activation; weights [k * k][stride of the map]
-  kUpsample,   // depthwise transposed 4x4 convolution, stride 2, padding 1, + bias + activation; weights [16][stride]
-  kMean,       // act(mean over all pixels)
-  kScale,      // act(map * (gate + constant) (+ other)), the gate one number per channel
-  kAdd,        // act(map + other); `other` may be smaller by `factor`: each of its pixels is added to a square of them
-  kActivate,   // act(map)
-  kMax,        // act(maximum over all pixels)
-  kSum,        // act(sum over all pixels)
-  kStack,      // two maps of one pixel -> one of two pixels
-  kConcat,     // channels of map, then of other
-  kChannelStats,  // per pixel: mean and maximum over the channels
+  kConv,        // dense k x k convolution + bias (+ map `other`) + activation; weights [panel][k * k * in][width]
+  kDepthwise,   // depthwise k x k convolution (of map * (gate + constant)) + bias + activation; weights [k * k][padded]
+  kUpsample,    // depthwise transposed 4x4 convolution, stride 2, padding 1, + bias + activation; weights [16][padded]
+  kMean,        // act(mean over all pixels)
+  kScale,       // act(map * (gate + constant) (+ other)), the gate one number per channel
+  kAdd,         // act(map + other); `other` may be smaller by `factor`: each of its pixels is added to a square of them
+  kActivate,    // act(map)
+  kMax,         // act(maximum over all pixels)
+  kSum,         // act(sum over all pixels)
+  kStack,       // two maps of one pixel -> one of two pixels
+  kInterleave,  // channels of map and act(other (* (gate + constant))) in turn
+  kChannelStats,  // per pixel: mean and, if the result has two channels, maximum over the channels
   kScalePixels,   // act(map * gate (+ other)), the gate one number per pixel (a map of one channel)
-  kSlice,         // channels from `padding` on
+  kCopy,          // the map, enlarged by `factor`
   kAveragePool,   // mean over squares of kernel x kernel pixels, stride = kernel, what is left over dropped
   kMultiply,      // act(map * other), `factor` as in kAdd
   kBilinear,      // act(upsampling by two, corners on corners)
   kBand,          // map of one pixel: act(convolution along the channels with `kernel` numbers, zeros beyond (+ other))
-  kOuter,         // map of one pixel times gate, a number per pixel: a map of the gate's size
+  kOuter,         // act(map of one pixel times gate (+ other)), the gate a number per pixel, enlarged by `factor`
 };
 
 struct PlanStep {
@@ -49,6 +49,7 @@ struct PlanStep {
 
 struct PlanMap {
   int64_t channels = 0, stride = 0, height = 0, width = 0;
+  int64_t room = 0;  // numbers of a pixel that may be written: more than channels where only padding follows
   float* data = nullptr;
   int64_t pixels() const { return height * width; }
 };

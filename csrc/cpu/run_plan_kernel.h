@@ -42,6 +42,14 @@ FASTPOSE_INLINE Half load_half(const float* p) { return load(p); }
 FASTPOSE_INLINE V widen(Half h) { return h; }
 #endif
 
+FASTPOSE_INLINE int64_t pad(int64_t channels) { return (channels + kPad - 1) / kPad * kPad; }
+
+// Writes a vector, or its first `room` numbers where the next ones belong to another map.
+FASTPOSE_INLINE void put(float* p, V v, int64_t room) {
+  if (room >= kL) return store(p, v);
+  store_first(p, v, room);
+}
+
 // The larger of two; NaN if either is.
 FASTPOSE_INLINE V larger(V a, V b) { return a != a ? a : a > b ? a : b; }
 
@@ -54,13 +62,13 @@ struct ConvTile {
   const float *bias, *other;
   int64_t other_stride;
   float* out;
-  int64_t out_stride;
+  int64_t out_stride, room;  // numbers of a pixel that may be written from `out` on
   PlanAct act;
 };
 
 FASTPOSE_INLINE void finish(const ConvTile& t, int r, int64_t c, V y) {
   if (t.other != nullptr) y += load(t.other + r * t.other_stride + c);
-  store(t.out + r * t.out_stride + c, apply(y, t.act));
+  put(t.out + r * t.out_stride + c, apply(y, t.act), t.room - c);
 }
 
 // out[r] = act(bias + sum_k a[r][k] weight[k] (+ other[r])) for kR rows and kFull vectors, and half a one if kHalf, of
@@ -101,16 +109,17 @@ FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
 // kR rows, all channels.
 template <int kR>
 void conv_row_block(const float* a, int64_t a_stride, int64_t depth, const PlanTask& task, int64_t row) {
-  const int64_t channels = task.out.channels, stride = task.out.stride;
-  ConvTile t{a, a_stride, depth, nullptr, 0, nullptr, nullptr, task.other.stride, nullptr, stride, task.step->act};
-  for (int64_t n = 0; n < stride; n += kPanel) {
-    t.weight_stride = stride - n < kPanel ? stride - n : kPanel;
+  const int64_t channels = task.out.channels, packed = pad(channels), stride = task.out.stride;
+  ConvTile t{a, a_stride, depth, nullptr, 0, nullptr, nullptr, task.other.stride, nullptr, stride, 0, task.step->act};
+  for (int64_t n = 0; n < packed; n += kPanel) {
+    t.weight_stride = packed - n < kPanel ? packed - n : kPanel;
     for (int64_t c = 0; c < t.weight_stride && n + c < channels;) {
       const int64_t left = channels - n - c;  // of all panels
       t.weight = task.weight + n * depth + c;
       t.bias = task.bias + n + c;
       t.other = task.other.data ? task.other.data + row * task.other.stride + n + c : nullptr;
       t.out = task.out.data + row * stride + n + c;
+      t.room = task.out.room - n - c;
       if (c + 2 * kL <= t.weight_stride && left > (kUseHalf ? kL + kL / 2 : kL)) {
         conv_tile<kR, 2, false>(t);
         c += 2 * kL;
@@ -225,10 +234,11 @@ void conv_to_one(const PlanTask& t, int64_t tile, float* scratch) {
 // Depthwise convolution, output columns [x, x + kT) of one row, all channels. `rows` are the k input rows, null outside
 // the map; all columns lie inside it.
 template <int kT, int kK, int kS>
-void depthwise_tile(const PlanTask& t, const float* const* rows, int64_t x, float* out) {
+void depthwise_tile(const PlanTask& t, const float* weight, const float* const* rows, int64_t x, float* out) {
   const int64_t stride = t.in.stride, left = (x * kS - t.step->padding) * stride;
+  const int64_t channels = t.out.channels, packed = pad(channels), room = t.out.room;
   const PlanAct act = t.step->act;
-  for (int64_t c = 0; c < stride; c += kL) {
+  for (int64_t c = 0; c < channels; c += kL) {
     V sum[kT];
     const V bias = load(t.bias + c);
 #pragma GCC unroll 16
@@ -239,39 +249,40 @@ void depthwise_tile(const PlanTask& t, const float* const* rows, int64_t x, floa
       const float* in = rows[ky] + left + c;
 #pragma GCC unroll 8
       for (int kx = 0; kx < kK; ++kx) {
-        const V w = load(t.weight + (ky * kK + kx) * stride + c);
+        const V w = load(weight + (ky * kK + kx) * packed + c);
 #pragma GCC unroll 16
         for (int i = 0; i < kT; ++i) sum[i] += load(in + (i * kS + kx) * stride) * w;
       }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kT; ++i) store(out + i * stride + c, apply(sum[i], act));
+    for (int i = 0; i < kT; ++i) put(out + i * t.out.stride + c, apply(sum[i], act), room - c);
   }
 }
 
 // The same for one column that sees beyond the map's border; a sum per kernel row, since one sum would wait for itself.
 template <int kK, int kS>
-void depthwise_edge(const PlanTask& t, const float* const* rows, int64_t x, float* out) {
+void depthwise_edge(const PlanTask& t, const float* weight, const float* const* rows, int64_t x, float* out) {
   const int64_t stride = t.in.stride, width = t.in.width, left = x * kS - t.step->padding;
+  const int64_t channels = t.out.channels, packed = pad(channels);
   const int64_t begin = left < 0 ? -left : 0, end = left + kK > width ? width - left : kK;
-  for (int64_t c = 0; c < stride; c += kL) {
+  for (int64_t c = 0; c < channels; c += kL) {
     V sum[kK]{};
     for (int64_t kx = begin; kx < end; ++kx) {
 #pragma GCC unroll 8
       for (int ky = 0; ky < kK; ++ky) {
         if (rows[ky] == nullptr) continue;
-        sum[ky] += load(rows[ky] + (left + kx) * stride + c) * load(t.weight + (ky * kK + kx) * stride + c);
+        sum[ky] += load(rows[ky] + (left + kx) * stride + c) * load(weight + (ky * kK + kx) * packed + c);
       }
     }
     V y = load(t.bias + c);
 #pragma GCC unroll 8
     for (int ky = 0; ky < kK; ++ky) y += sum[ky];
-    store(out + c, apply(y, t.step->act));
+    put(out + c, apply(y, t.step->act), t.out.room - c);
   }
 }
 
 template <int kK, int kS>
-void depthwise_rows(const PlanTask& t, int64_t begin, int64_t end) {
+void depthwise_rows(const PlanTask& t, const float* weight, int64_t begin, int64_t end) {
   constexpr int kT = FASTPOSE_VECTOR_BYTES == 64 ? 8 : 4;
   const PlanStep& s = *t.step;
   const int64_t stride = t.in.stride, width = t.in.width, p = s.padding, columns = t.out.width;
@@ -286,28 +297,40 @@ void depthwise_rows(const PlanTask& t, int64_t begin, int64_t end) {
       rows[ky] = iy >= 0 && iy < t.in.height ? t.in.data + iy * width * stride : nullptr;
     }
     // channels innermost: memory is read in order, and the weights of all channels fit the second-level cache
-    float* out = t.out.data + y * columns * stride;
+    const int64_t to = t.out.stride;
+    float* out = t.out.data + y * columns * to;
     int64_t x = 0;
-    for (; x < columns && x < safe_begin; ++x) depthwise_edge<kK, kS>(t, rows, x, out + x * stride);
-    for (; x + kT <= safe_end; x += kT) depthwise_tile<kT, kK, kS>(t, rows, x, out + x * stride);
-    for (; x + 2 <= safe_end; x += 2) depthwise_tile<2, kK, kS>(t, rows, x, out + x * stride);
-    for (; x < columns; ++x) depthwise_edge<kK, kS>(t, rows, x, out + x * stride);
+    for (; x < columns && x < safe_begin; ++x) depthwise_edge<kK, kS>(t, weight, rows, x, out + x * to);
+    for (; x + kT <= safe_end; x += kT) depthwise_tile<kT, kK, kS>(t, weight, rows, x, out + x * to);
+    for (; x + 2 <= safe_end; x += 2) depthwise_tile<2, kK, kS>(t, weight, rows, x, out + x * to);
+    for (; x < columns; ++x) depthwise_edge<kK, kS>(t, weight, rows, x, out + x * to);
   }
 }
 
-void depthwise(const PlanTask& t, int64_t tile) {
+// A gate on the input, one number per channel, is multiplied into the weights instead.
+void depthwise(const PlanTask& t, int64_t tile, float* scratch) {
   const int64_t begin = tile * t.tile_rows;
   const int64_t end = begin + t.tile_rows < t.out.height ? begin + t.tile_rows : t.out.height;
   const int64_t k = t.step->kernel, s = t.step->stride;
-  if (k == 3) return s == 1 ? depthwise_rows<3, 1>(t, begin, end) : depthwise_rows<3, 2>(t, begin, end);
-  if (k == 5) return s == 1 ? depthwise_rows<5, 1>(t, begin, end) : depthwise_rows<5, 2>(t, begin, end);
-  return s == 1 ? depthwise_rows<7, 1>(t, begin, end) : depthwise_rows<7, 2>(t, begin, end);
+  const float* w = t.weight;
+  if (t.gate.data) {
+    const int64_t packed = pad(t.out.channels);
+    for (int64_t c = 0; c < t.out.channels; c += kL) {
+      const V gate = load(t.gate.data + c) + t.step->constant;
+      for (int64_t i = 0; i < k * k; ++i) store(scratch + i * packed + c, load(t.weight + i * packed + c) * gate);
+    }
+    w = scratch;
+  }
+  if (k == 3) return s == 1 ? depthwise_rows<3, 1>(t, w, begin, end) : depthwise_rows<3, 2>(t, w, begin, end);
+  if (k == 5) return s == 1 ? depthwise_rows<5, 1>(t, w, begin, end) : depthwise_rows<5, 2>(t, w, begin, end);
+  return s == 1 ? depthwise_rows<7, 1>(t, w, begin, end) : depthwise_rows<7, 2>(t, w, begin, end);
 }
 
 // Depthwise transposed 4x4, stride 2, padding 1: output (2y + a, 2x + b) sees input rows y - 1 + a (with kernel row 3 -
 // a) and y + a (kernel row 1 - a), and columns alike: 2x2 taps. A tile is a band of input rows.
 void upsample(const PlanTask& t, int64_t tile) {
   const int64_t begin = tile * t.tile_rows, height = t.in.height, width = t.in.width, stride = t.in.stride;
+  const int64_t channels = t.out.channels, packed = pad(channels), to = t.out.stride, room = t.out.room;
   const int64_t end = begin + t.tile_rows < height ? begin + t.tile_rows : height;
   const PlanAct act = t.step->act;
   const V zero{};
@@ -316,27 +339,27 @@ void upsample(const PlanTask& t, int64_t tile) {
       const int64_t row0 = y - 1 + a, row1 = y + a;
       const float* in0 = row0 >= 0 ? t.in.data + row0 * width * stride : nullptr;
       const float* in1 = row1 < height ? t.in.data + row1 * width * stride : nullptr;
-      const float *w0 = t.weight + (3 - a) * 4 * stride, *w1 = t.weight + (1 - a) * 4 * stride;
-      float* out = t.out.data + (2 * y + a) * t.out.width * stride;
-      for (int64_t x = 0; x < width; ++x, out += 2 * stride) {
+      const float *w0 = t.weight + (3 - a) * 4 * packed, *w1 = t.weight + (1 - a) * 4 * packed;
+      float* out = t.out.data + (2 * y + a) * t.out.width * to;
+      for (int64_t x = 0; x < width; ++x, out += 2 * to) {
         const bool left = x > 0, right = x + 1 < width;
         const float *here0 = in0 + x * stride, *here1 = in1 + x * stride;
-        for (int64_t c = 0; c < stride; c += kL) {
+        for (int64_t c = 0; c < channels; c += kL) {
           V even = load(t.bias + c), odd = even;
           if (in0 != nullptr) {
             const V m = load(here0 + c), l = left ? load(here0 - stride + c) : zero;
             const V r = right ? load(here0 + stride + c) : zero;
-            even += l * load(w0 + 3 * stride + c) + m * load(w0 + stride + c);
-            odd += m * load(w0 + 2 * stride + c) + r * load(w0 + c);
+            even += l * load(w0 + 3 * packed + c) + m * load(w0 + packed + c);
+            odd += m * load(w0 + 2 * packed + c) + r * load(w0 + c);
           }
           if (in1 != nullptr) {
             const V m = load(here1 + c), l = left ? load(here1 - stride + c) : zero;
             const V r = right ? load(here1 + stride + c) : zero;
-            even += l * load(w1 + 3 * stride + c) + m * load(w1 + stride + c);
-            odd += m * load(w1 + 2 * stride + c) + r * load(w1 + c);
+            even += l * load(w1 + 3 * packed + c) + m * load(w1 + packed + c);
+            odd += m * load(w1 + 2 * packed + c) + r * load(w1 + c);
           }
-          store(out + c, apply(even, act));
-          store(out + stride + c, apply(odd, act));
+          put(out + c, apply(even, act), room - c);
+          put(out + to + c, apply(odd, act), room - c);
         }
       }
     }
@@ -347,7 +370,7 @@ void upsample(const PlanTask& t, int64_t tile) {
 template <bool kMaximum>
 void reduce(const PlanTask& t, float factor) {
   const int64_t pixels = t.in.pixels(), stride = t.in.stride;
-  for (int64_t c = 0; c < stride; c += kL) {
+  for (int64_t c = 0; c < t.out.channels; c += kL) {
     V value[4];
     for (int i = 0; i < 4; ++i) value[i] = kMaximum ? load(t.in.data + c) : V{};
     int64_t p = 0;
@@ -364,19 +387,19 @@ void reduce(const PlanTask& t, float factor) {
     }
     const V y = kMaximum ? larger(larger(value[0], value[1]), larger(value[2], value[3]))
                          : (value[0] + value[1] + value[2] + value[3]) * factor;
-    store(t.out.data + c, apply(y, t.step->act));
+    put(t.out.data + c, apply(y, t.step->act), t.out.room - c);
   }
 }
 
 // Convolution along the channels of one pixel.
 void band(const PlanTask& t, float* scratch) {
-  const int64_t channels = t.in.channels, k = t.step->kernel, edge = k / 2, stride = t.in.stride;
-  for (int64_t i = 0; i < stride + k; ++i) scratch[i] = i >= edge && i < channels + edge ? t.in.data[i - edge] : 0;
-  for (int64_t c = 0; c < stride; c += kL) {
+  const int64_t channels = t.in.channels, k = t.step->kernel, edge = k / 2, packed = pad(channels);
+  for (int64_t i = 0; i < packed + k; ++i) scratch[i] = i >= edge && i < channels + edge ? t.in.data[i - edge] : 0;
+  for (int64_t c = 0; c < channels; c += kL) {
     V y = splat(t.bias[0]);
     for (int64_t i = 0; i < k; ++i) y += load(scratch + c + i) * splat(t.weight[i]);
     if (t.other.data) y += load(t.other.data + c);
-    store(t.out.data + c, apply(y, t.step->act));
+    put(t.out.data + c, apply(y, t.step->act), t.out.room - c);
   }
 }
 
@@ -389,33 +412,45 @@ FASTPOSE_INLINE Range pixels_of(const PlanTask& t, int64_t tile) {
   return {begin, begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels};
 }
 
-// kScale, kScalePixels, kAdd, kMultiply and kActivate.
+// kScale, kScalePixels, kAdd, kMultiply, kActivate and kOuter.
 void pointwise(const PlanTask& t, int64_t tile) {
   const Range range = pixels_of(t, tile);
-  const int64_t stride = t.out.stride, width = t.out.width, factor = t.step->factor;
-  const bool per_pixel = t.step->op == PlanOp::kScalePixels, product = t.step->op == PlanOp::kMultiply;
+  const PlanOp op = t.step->op;
+  const int64_t channels = t.out.channels, width = t.out.width, factor = t.step->factor;
+  const bool per_pixel = op == PlanOp::kScalePixels || op == PlanOp::kOuter, product = op == PlanOp::kMultiply;
+  const PlanMap& small = op == PlanOp::kOuter ? t.gate : t.other;  // by `factor`
   const PlanAct act = t.step->act;
   for (int64_t p = range.begin; p < range.end; ++p) {
-    const float* in = t.in.data + p * stride;
-    const int64_t q = factor == 1 ? p : p / width / factor * t.other.width + p % width / factor;
-    const float* other = t.other.data ? t.other.data + q * stride : nullptr;
-    const V scale = splat(per_pixel ? t.gate.data[p * t.gate.stride] : 1.0f);
-    float* out = t.out.data + p * stride;
-    for (int64_t c = 0; c < stride; c += kL) {
+    const int64_t q = factor == 1 ? p : p / width / factor * small.width + p % width / factor;
+    const float* in = t.in.data + (op == PlanOp::kOuter ? 0 : p * t.in.stride);
+    const float* other = t.other.data ? t.other.data + (op == PlanOp::kOuter ? p : q) * t.other.stride : nullptr;
+    const V scale = splat(per_pixel ? t.gate.data[(op == PlanOp::kOuter ? q : p) * t.gate.stride] : 1.0f);
+    float* out = t.out.data + p * t.out.stride;
+    for (int64_t c = 0; c < channels; c += kL) {
       V y = load(in + c) * scale;
       if (t.gate.data && !per_pixel) y *= load(t.gate.data + c) + t.step->constant;
       if (other) y = product ? y * load(other + c) : y + load(other + c);
-      store(out + c, apply(y, act));
+      put(out + c, apply(y, act), t.out.room - c);
     }
   }
 }
 
-void outer(const PlanTask& t, int64_t tile) {
+// kInterleave: channels of map and other in turn, those of other times the gate if there is one.
+void interleave(const PlanTask& t, int64_t tile) {
   const Range range = pixels_of(t, tile);
-  const int64_t stride = t.out.stride;
+  const int64_t channels = t.in.channels;
   for (int64_t p = range.begin; p < range.end; ++p) {
-    const V gate = splat(t.gate.data[p * t.gate.stride]);
-    for (int64_t c = 0; c < stride; c += kL) store(t.out.data + p * stride + c, load(t.in.data + c) * gate);
+    const float *a = t.in.data + p * t.in.stride, *b = t.other.data + p * t.other.stride;
+    float* out = t.out.data + p * t.out.stride;
+    for (int64_t c = 0; c < channels; c += kL) {
+      const V even = load(a + c);
+      V odd = load(b + c);
+      if (t.gate.data) odd *= load(t.gate.data + c) + t.step->constant;
+      odd = apply(odd, t.step->act);
+      const int64_t room = t.out.room - 2 * c;
+      put(out + 2 * c, interleave_low(even, odd), room);
+      if (room > kL) put(out + 2 * c + kL, interleave_high(even, odd), room - kL);
+    }
   }
 }
 
@@ -425,12 +460,13 @@ void average_pool(const PlanTask& t, int64_t tile) {
   const float factor = 1.0f / static_cast<float>(k * k);
   for (int64_t p = range.begin; p < range.end; ++p) {
     const float* in = t.in.data + (p / t.out.width * k * t.in.width + p % t.out.width * k) * stride;
-    for (int64_t c = 0; c < stride; c += kL) {
+    float* out = t.out.data + p * t.out.stride;
+    for (int64_t c = 0; c < t.out.channels; c += kL) {
       V sum{};
       for (int64_t y = 0; y < k; ++y) {
         for (int64_t x = 0; x < k; ++x) sum += load(in + (y * t.in.width + x) * stride + c);
       }
-      store(t.out.data + p * stride + c, sum * factor);
+      put(out + c, sum * factor, t.out.room - c);
     }
   }
 }
@@ -459,48 +495,35 @@ void bilinear(const PlanTask& t, int64_t tile) {
                 *b = t.in.data + (y.before * width + x.after) * stride;
     const float *c = t.in.data + (y.after * width + x.before) * stride,
                 *d = t.in.data + (y.after * width + x.after) * stride;
-    for (int64_t i = 0; i < stride; i += kL) {
+    for (int64_t i = 0; i < t.out.channels; i += kL) {
       const V top = load(a + i) * (1 - x.weight) + load(b + i) * x.weight;
       const V bottom = load(c + i) * (1 - x.weight) + load(d + i) * x.weight;
-      store(t.out.data + p * stride + i, apply(top * (1 - y.weight) + bottom * y.weight, t.step->act));
+      const V result = apply(top * (1 - y.weight) + bottom * y.weight, t.step->act);
+      put(t.out.data + p * t.out.stride + i, result, t.out.room - i);
     }
   }
 }
 
-// kStack, kConcat and kSlice: the next pixel's numbers must stay, so ends are copied one by one.
-FASTPOSE_INLINE void copy_exactly(float* to, const float* from, int64_t n) {
-  int64_t i = 0;
-  for (; i + kL <= n; i += kL) store(to + i, load(from + i));
-  for (; i < n; ++i) to[i] = from[i];
-}
-void concat(const PlanTask& t, int64_t tile) {
-  if (t.step->op == PlanOp::kStack) {
-    copy_exactly(t.out.data, t.in.data, t.in.stride);
-    copy_exactly(t.out.data + t.out.stride, t.other.data, t.other.stride);
-    return;
-  }
+void copy_map(const PlanTask& t, int64_t tile) {
   const Range range = pixels_of(t, tile);
-  if (t.step->op == PlanOp::kSlice) {
-    for (int64_t p = range.begin; p < range.end; ++p)
-      copy_exactly(t.out.data + p * t.out.stride, t.in.data + p * t.in.stride + t.step->padding, t.out.channels);
-    return;
-  }
-  if (t.step->kernel == 2) {
-    for (int64_t p = range.begin; p < range.end; ++p) {
-      const float *a = t.in.data + p * t.in.stride, *b = t.other.data + p * t.other.stride;
-      float* out = t.out.data + p * t.out.stride;
-      for (int64_t c = 0; c < t.in.channels; ++c) out[2 * c] = a[c], out[2 * c + 1] = b[c];
-    }
-    return;
-  }
+  const int64_t width = t.out.width, factor = t.step->factor;
   for (int64_t p = range.begin; p < range.end; ++p) {
+    const int64_t q = factor == 1 ? p : p / width / factor * t.in.width + p % width / factor;
+    const float* in = t.in.data + q * t.in.stride;
     float* out = t.out.data + p * t.out.stride;
-    copy_exactly(out, t.in.data + p * t.in.stride, t.in.channels);
-    copy_exactly(out + t.in.channels, t.other.data + p * t.other.stride, t.other.channels);
+    for (int64_t c = 0; c < t.out.channels; c += kL) put(out + c, load(in + c), t.out.room - c);
   }
 }
 
-// Mean and maximum over a pixel's channels.
+// Two maps of one pixel become one of two.
+void stack(const PlanTask& t) {
+  for (int64_t c = 0; c < t.out.channels; c += kL) {
+    put(t.out.data + c, load(t.in.data + c), t.out.room - c);
+    put(t.out.data + t.out.stride + c, load(t.other.data + c), t.out.room - c);
+  }
+}
+
+// Mean, and maximum if the result has room for it, over a pixel's channels.
 void channel_stats(const PlanTask& t, int64_t tile) {
   const Range range = pixels_of(t, tile);
   const int64_t channels = t.in.channels;
@@ -527,7 +550,7 @@ void channel_stats(const PlanTask& t, int64_t tile) {
     }
     float* out = t.out.data + p * t.out.stride;
     out[0] = sum / static_cast<float>(channels);
-    out[1] = most;
+    if (t.out.channels > 1) out[1] = most;
   }
 }
 
@@ -537,18 +560,17 @@ struct PlanLevel {
   static void run(const PlanTask& t, int64_t tile, float* scratch) {
     switch (t.step->op) {
       case PlanOp::kConv: return to_one(t) ? conv_to_one(t, tile, scratch) : conv(t, tile, scratch);
-      case PlanOp::kDepthwise: return depthwise(t, tile);
+      case PlanOp::kDepthwise: return depthwise(t, tile, scratch);
       case PlanOp::kUpsample: return upsample(t, tile);
       case PlanOp::kMean: return reduce<false>(t, 1.0f / static_cast<float>(t.in.pixels()));
       case PlanOp::kSum: return reduce<false>(t, 1.0f);
       case PlanOp::kMax: return reduce<true>(t, 1.0f);
-      case PlanOp::kStack:
-      case PlanOp::kSlice:
-      case PlanOp::kConcat: return concat(t, tile);
+      case PlanOp::kStack: return stack(t);
+      case PlanOp::kCopy: return copy_map(t, tile);
+      case PlanOp::kInterleave: return interleave(t, tile);
       case PlanOp::kAveragePool: return average_pool(t, tile);
       case PlanOp::kBilinear: return bilinear(t, tile);
       case PlanOp::kBand: return band(t, scratch);
-      case PlanOp::kOuter: return outer(t, tile);
       case PlanOp::kChannelStats: return channel_stats(t, tile);
       default: return pointwise(t, tile);
     }

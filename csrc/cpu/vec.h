@@ -38,6 +38,14 @@ template <class A>
 FASTPOSE_INLINE void store(A* p, Vec<A> v) {
   *reinterpret_cast<typename VecOf<A>::unaligned*>(p) = v;
 }
+// The first n < lanes numbers.
+FASTPOSE_INLINE void store_first(float* p, Vec<float> v, int64_t n) {
+#if defined(__x86_64__) && FASTPOSE_VECTOR_BYTES == 64
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
+#else
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
 template <class A>
 FASTPOSE_INLINE Vec<A> splat(A a) {
   return a - Vec<A>{};
@@ -61,6 +69,26 @@ FASTPOSE_INLINE void stream_fence() {
   _mm_sfence();
 #endif
 }
+
+// Two vectors merged, numbers of both in turn: the first half of the result, and the second.
+#define FASTPOSE_INTERLEAVE(A, N, LOW, HIGH)                                                                  \
+  typedef A A##x##N __attribute__((vector_size(N * sizeof(A))));                                              \
+  FASTPOSE_INLINE A##x##N interleave_low(A##x##N a, A##x##N b) { return __builtin_shufflevector(a, b, LOW); } \
+  FASTPOSE_INLINE A##x##N interleave_high(A##x##N a, A##x##N b) { return __builtin_shufflevector(a, b, HIGH); }
+#define FASTPOSE_LIST(...) __VA_ARGS__
+#if FASTPOSE_VECTOR_BYTES == 64
+FASTPOSE_INTERLEAVE(float, 16, FASTPOSE_LIST(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                    FASTPOSE_LIST(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31))
+FASTPOSE_INTERLEAVE(double, 8, FASTPOSE_LIST(0, 8, 1, 9, 2, 10, 3, 11), FASTPOSE_LIST(4, 12, 5, 13, 6, 14, 7, 15))
+#elif FASTPOSE_VECTOR_BYTES == 32
+FASTPOSE_INTERLEAVE(float, 8, FASTPOSE_LIST(0, 8, 1, 9, 2, 10, 3, 11), FASTPOSE_LIST(4, 12, 5, 13, 6, 14, 7, 15))
+FASTPOSE_INTERLEAVE(double, 4, FASTPOSE_LIST(0, 4, 1, 5), FASTPOSE_LIST(2, 6, 3, 7))
+#else
+FASTPOSE_INTERLEAVE(float, 4, FASTPOSE_LIST(0, 4, 1, 5), FASTPOSE_LIST(2, 6, 3, 7))
+FASTPOSE_INTERLEAVE(double, 2, FASTPOSE_LIST(0, 2), FASTPOSE_LIST(1, 3))
+#endif
+#undef FASTPOSE_INTERLEAVE
+#undef FASTPOSE_LIST
 
 // exp(x) with a relative error of a few units in the last place. Below the smallest normal result it returns 0, above
 // the largest infinity; NaN stays NaN.
