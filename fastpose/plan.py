@@ -28,6 +28,7 @@ Node = Any  # fx.Node, whose arguments have no useful static type
 PAD, PANEL, VERSION = 16, 32, 2
 CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, INTERLEAVE, CHANNEL_STATS = range(12)
 SCALE_PIXELS, COPY, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(12, 19)
+MEAN_OF_ROWS, MEAN_OF_COLUMNS, COORDINATE_MEAN, GROUP_SOFTMAX, GROUP_ATTENTION = range(19, 24)
 ACTIVATIONS = {
     aten.relu.default: 1,
     aten.relu_.default: 1,
@@ -121,6 +122,35 @@ class _Program:
             if base == part:
                 self.base[m], self.first[m] = whole, self.first[m] + first
 
+    def step(
+        self,
+        op: int,
+        source: int,
+        channels: int,
+        other: int = -1,
+        gate: int = -1,
+        out: int | None = None,
+        kernel: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        act: int = 0,
+        numbers: tuple[int, int] = (-1, -1),
+        factor: int = 1,
+        constant: float = 0.0,
+    ) -> int:
+        """Append an instruction; returns the map it writes, a new one of `channels` unless `out` is given."""
+        to = self.new_map(channels) if out is None else out
+        bits = struct.unpack("<i", struct.pack("<f", constant))[0]
+        self.steps.append([op, source, other, gate, to, kernel, stride, padding, act, *numbers, factor, bits])
+        return to
+
+    def filters(self, op: int, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+        """Append the numbers of a convolution; returns the offsets of weights and bias."""
+        numbers = torch.zeros(len(weight) + -len(weight) % PAD, dtype=torch.float64)
+        if bias is not None:
+            numbers[: len(bias)] = bias
+        return self.constant(_pack(op, weight)), self.constant(numbers)
+
     def constant(self, tensor: Tensor) -> int:
         """Append numbers, aligned to a vector; returns their offset."""
         flat = tensor.reshape(-1).float()
@@ -168,6 +198,13 @@ class _Lowering:
         state = {**exported.state_dict, **exported.constants}
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.tensors: dict[str, Tensor] = {k: state[v].detach() for k, v in named.items()}
+        self.state = state
+        # nodes by the module they come from, for those that have a rule as a whole
+        self.modules: dict[str, list[Node]] = {}
+        for node in self.graph.nodes:
+            for path, kind in _modules_of(node):
+                if kind in MODULES:
+                    self.modules.setdefault(path, []).append(node)
         self.claimed: set[Node] = set()  # folded into an instruction
         self.ending: dict[Node, list[_Step]] = {}  # instructions by their last node
         self.same: dict[Node, Node] = {}  # nodes that pass a value on unchanged
@@ -223,6 +260,10 @@ class _Lowering:
         return node
 
     def match(self, node: Node) -> None:
+        for path, kind in _modules_of(node):
+            if kind in MODULES:
+                MODULES[kind](self, path, self.modules[path])
+                return
         rule = PATTERNS.get(node.target)
         if rule is None:
             shape = list(getattr(node.meta.get("val"), "shape", []))
@@ -440,7 +481,7 @@ class _Lowering:
                 program.move(held, whole, at)
             else:
                 to = program.part(whole, at, program.channels[held])
-                program.steps.append([COPY, held, -1, -1, to, 1, 1, 0, 0, -1, -1, factor, 0])
+                program.step(COPY, held, program.channels[held], out=to, factor=factor)
             at += program.channels[held]
 
     def shuffle_after(self, node: Node) -> Node | None:
@@ -518,6 +559,71 @@ class _Lowering:
                 raise NotOptimizable(f"{self.name}: {node.format_node()} of {list(shape)} is not supported")
         self.same[node] = node.args[0]
 
+    def mcam(self, path: str, nodes: list[Node]) -> None:
+        """Multi-scale coordinate attention of LE-HRNet, see `fastpose.models.le_hrnet.MCAM`.
+
+        What follows the filters of three sizes is linear up to the sigmoid: mix(filters(x)) . query is filters(x) .
+        (mix^T query), so the mixing convolution is applied to one vector instead of all pixels.
+        """
+        self.claimed |= set(nodes)
+        inputs = {a for n in nodes for a in n.all_input_nodes} - set(nodes)
+        (x,) = (a for a in inputs if a.name not in self.tensors)
+        mine = {k[len(path) + 1 :]: v.detach().double() for k, v in self.state.items() if k.startswith(path + ".")}
+        channels = self.channels(x)
+        mix, coordinate = mine["mix.weight"], mine["coordinate.weight"]
+        size = mix.shape[1]
+        groups = channels // size
+        if groups != 4 or channels % PAD != 0:
+            raise NotOptimizable(
+                f"{self.name}: multi-scale attention in {groups} groups of {size} channels is not supported; "
+                "expected 4 groups of a multiple of 4"
+            )
+        program, held = self.program, self.maps[self.value(x)]
+        g_h, g_w = (
+            self.grouped(program.step(op, held, channels), coordinate, mine["coordinate.bias"], groups, act=5)
+            for op in (MEAN_OF_ROWS, MEAN_OF_COLUMNS)
+        )
+        mean = program.step(COORDINATE_MEAN, held, channels, other=g_h, gate=g_w)
+        query = program.step(GROUP_SOFTMAX, mean, channels, kernel=groups)
+        gate = program.new_map(channels + groups)
+        turned = mix.view(groups, size, size).transpose(1, 2).reshape(channels, size, 1, 1)
+        self.grouped(query, turned, None, groups, out=program.part(gate, 0, channels))
+        rows = torch.block_diag(*mine["mix.bias"].view(groups, 1, size))
+        self.grouped(query, rows[:, :, None, None], None, 1, out=program.part(gate, channels, groups))
+        # one filter of 7x7 per channel, the smaller ones with zeros around them; 4 channels of each group in turn
+        filters = torch.zeros(groups, size, 7, 7, dtype=torch.float64)
+        reach = torch.zeros(size, dtype=torch.int64)
+        at = 0
+        for j in range(3):
+            part = mine[f"scales.{j}.weight"].view(groups, -1, 2 * j + 3, 2 * j + 3)
+            filters[:, at : at + part.shape[1], 2 - j : 5 + j, 2 - j : 5 + j] = part
+            reach[at : at + part.shape[1]] = j + 1
+            at += part.shape[1]
+        filters = filters.view(groups, -1, 4, 7, 7).transpose(0, 1)
+        reaches = reach.view(-1, 4).amax(1)
+        self.maps[(x, path)] = gate
+        step = _Step(GROUP_ATTENTION, nodes[-1], nodes[-1], x, gate=(x, path))
+        step.weight, step.bias = filters.reshape(channels, 1, 7, 7), reaches
+        self.finish(step, nodes[-1])
+
+    def grouped(
+        self, x: int, weight: Tensor, bias: Tensor | None, groups: int, act: int = 0, out: int | None = None
+    ) -> int:
+        """Emit a 1x1 convolution in groups on map `x`: each group for itself, or all at once if they are small."""
+        program, size = self.program, weight.shape[1]
+        to = program.new_map(len(weight)) if out is None else out
+        if size < PANEL:
+            weight = torch.block_diag(*weight.view(groups, -1, size))[:, :, None, None]
+            groups = 1
+        width = len(weight) // groups
+        for g in range(groups):
+            rows = slice(g * width, (g + 1) * width)
+            source = x if groups == 1 else program.part(x, g * size, size)
+            target = to if groups == 1 else program.part(to, g * width, width)
+            numbers = program.filters(CONV, weight[rows], None if bias is None else bias[rows])
+            program.step(CONV, source, width, out=target, act=act, numbers=numbers)
+        return to
+
     def activation(self, node: Node) -> None:
         """An activation that nothing before it could take in."""
         self.end(_Step(ACTIVATE, node, node, node.args[0], act=ACTIVATIONS[node.target]))
@@ -531,19 +637,20 @@ class _Lowering:
         def operand(node: Node | None) -> int:
             return -1 if node is None else self.maps[self.value(node)]
 
-        read = [operand(n) for n in (step.operand, step.other, step.gate)]
-        weight = bias = -1
-        if step.weight is not None:
-            channels = step.weight.shape[0]
-            weight = program.constant(_pack(step.op, step.weight))
-            numbers = torch.zeros(channels + -channels % PAD, dtype=torch.float64)
-            if step.bias is not None:
-                numbers[:channels] = step.bias
-            bias = program.constant(numbers)
-        constant = struct.unpack("<i", struct.pack("<f", step.constant))[0]
-        fields = [step.kernel, step.stride, step.padding, step.act, weight, bias, step.factor, constant]
-        self.maps[step.out] = program.new_map(self.channels(step.out))
-        program.steps.append([step.op, *read, self.maps[step.out], *fields])
+        self.maps[step.out] = program.step(
+            step.op,
+            operand(step.operand),
+            self.channels(step.out),
+            other=operand(step.other),
+            gate=operand(step.gate),
+            kernel=step.kernel,
+            stride=step.stride,
+            padding=step.padding,
+            act=step.act,
+            numbers=(-1, -1) if step.weight is None else program.filters(step.op, step.weight, step.bias),
+            factor=step.factor,
+            constant=step.constant,
+        )
 
 
 def _pack(op: int, weight: Tensor) -> Tensor:
@@ -558,6 +665,14 @@ def _pack(op: int, weight: Tensor) -> Tensor:
     rows = padded.permute(2, 3, 1, 0).flatten(0, 2)  # [k * k * in, out]
     return torch.cat([panel.reshape(-1) for panel in rows.split(PANEL, dim=1)])
 
+
+def _modules_of(node: Node) -> list[tuple[str, str]]:
+    """Path and class of the modules an exported node comes from, the outermost first."""
+    return list((node.meta.get("nn_module_stack") or {}).values())
+
+
+# modules that are replaced as a whole, whatever they consist of
+MODULES: dict[str, Callable[[_Lowering, str, list[Node]], None]] = {"fastpose.models.le_hrnet.MCAM": _Lowering.mcam}
 
 PATTERNS: dict[Any, Callable[[_Lowering, Node], None]] = {
     aten.conv2d.default: _Lowering.convolution,

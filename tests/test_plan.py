@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastpose
-from fastpose.layers import CBAM, channel_shuffle
+from fastpose.layers import CBAM, SpatialAttention, channel_shuffle
+from fastpose.models.le_hrnet import MCAM
 from fastpose.ops import run_plan
 from fastpose.plan import NotOptimizable, Optimized, optimize
 from tests.conftest import needs_kernels
@@ -150,6 +151,60 @@ def test_halves_shuffles_and_pooling():
     compare(Shuffle(), (1, 3, 24, 24), (3, 3, 4, 8), (1, 3, 8, 4))
 
 
+class Narrow(nn.Module):
+    """Concatenations and slices of widths that fill no vector: each part is written and read among its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.next = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 21, 1), nn.Conv2d(26, 13, 3, 1, 1)
+        self.cheap = nn.Conv2d(13, 13, 3, 1, 1, groups=13)
+        self.gate, self.transposed = nn.Conv2d(13, 13, 1), nn.ConvTranspose2d(13, 13, 4, 2, 1, groups=13)
+
+    def forward(self, x):
+        x = torch.cat([self.stem(x), self.wide(x)], 1)
+        y = self.next(x)
+        ghost = torch.cat([y, F.relu(self.cheap(y))], 1)
+        gate = torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        middle = self.cheap(ghost[:, 7:20] * gate)  # a gate that depthwise weights take in
+        both = torch.cat([ghost[:, :3], middle, x[:, 20:], F.interpolate(ghost, scale_factor=1.0)], 1)
+        a, b = both[:, 1:14], both[:, 14:27]
+        shuffled = channel_shuffle(torch.cat([a, b * gate], 1), 2)
+        up = self.transposed(shuffled[:, 13:] + y)
+        return torch.cat([up, F.interpolate(shuffled[:, 2:9], scale_factor=2.0), up[:, :1]], 1)
+
+
+def test_parts_in_place():
+    compare(Narrow(), (1, 3, 24, 24), (3, 3, 1, 1), (2, 3, 2, 7), (1, 3, 40, 3))
+
+
+@pytest.mark.parametrize("channels", [16, 32, 48, 128])
+def test_multi_scale_attention(channels):
+    net = nn.Sequential(nn.Conv2d(3, channels, 1), MCAM(channels), nn.ReLU())
+    for p in net[1].parameters():
+        nn.init.uniform_(p, -0.5, 0.5)
+    compare(net, (1, 3, 24, 24), (3, 3, 1, 1), (2, 3, 18, 21), (1, 3, 40, 7), (1, 3, 1, 9))
+
+
+class Link(nn.Module):
+    """LE-HRNet's fusion: a gate per channel times the mean of the channels of another map, added; spatial attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.low = nn.Conv2d(3, 20, 1), nn.Conv2d(3, 9, 4, 4)
+        self.gate, self.attention = nn.Conv2d(20, 20, 1), SpatialAttention()
+
+    def forward(self, x):
+        y, low = self.stem(x), self.low(x)
+        gate = torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        y = y + gate * F.interpolate(low.mean(1, keepdim=True), scale_factor=4.0)
+        y = y + gate * y.mean(1, keepdim=True)
+        return F.relu(y * self.attention(y))
+
+
+def test_fusion_by_channel_means():
+    compare(Link(), (1, 3, 24, 24), (3, 3, 4, 4), (2, 3, 8, 28))
+
+
 @pytest.mark.parametrize("name", ["hr_litenet", "lite_csw_hrnet", "lite_hrnet_18", "small_hrnet_w16"])
 def test_networks(name):
     model = build(name, num_keypoints=5)
@@ -186,7 +241,8 @@ def test_every_instruction_set(level):
     code += "[t.test_pointwise_convolution(c) for c in (7, 17, 24, 40, 72)]; "
     code += "t.test_transposed_depthwise_convolution(); t.test_additions_gates_and_activations(); "
     code += "t.test_attention_concatenation_and_exchange(); t.test_halves_shuffles_and_pooling(); "
-    code += "t.test_convolution_to_one_channel(2, 7, 3)"
+    code += "t.test_convolution_to_one_channel(2, 7, 3); t.test_parts_in_place(); t.test_fusion_by_channel_means(); "
+    code += "[t.test_multi_scale_attention(c) for c in (16, 32, 48)]"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FASTPOSE_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -111,7 +111,7 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     std::memcpy(&constant, &bits, sizeof(constant));
     const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],  q[4],    q[5], q[6], q[7],
                      static_cast<PlanAct>(q[8]), q[9], q[10], q[11], constant};
-    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kOuter) && q[8] >= 0 &&
+    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kGroupAttention) && q[8] >= 0 &&
               q[8] <= static_cast<int64_t>(PlanAct::kSigmoid);
     for (const int64_t m : {s.in, s.other, s.gate}) {
       if (m == -1 && m != s.in) continue;
@@ -146,6 +146,11 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       } else if (s.op == PlanOp::kBand) {
         ok = ok && s.kernel % 2 == 1 && s.kernel >= 1 && s.kernel <= 63;
         needed = s.kernel;
+      } else if (s.op == PlanOp::kGroupSoftmax) {
+        ok = ok && s.kernel >= 1 && s.kernel <= in_channels && in_channels % s.kernel == 0;
+      } else if (s.op == PlanOp::kGroupAttention) {
+        ok = ok && in_channels % kPad == 0;
+        needed = 49 * out_stride;
       }
     }
     if (needed > 0) {
@@ -156,12 +161,15 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       return m < 0 || plan.channels[static_cast<size_t>(m)] == channels;
     };
     ok = ok && has(s.other, s.op == PlanOp::kInterleave ? in_channels : out_channels);
-    ok = ok && has(s.gate, s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ? 1 : in_channels);
+    const int64_t per_group = s.op == PlanOp::kGroupAttention ? 4 : 0;
+    ok = ok && has(s.gate, s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ? 1 : in_channels + per_group);
     ok = ok && s.other != plan.input && (s.op == PlanOp::kConv || s.in != plan.input);  // whose pixels are not padded
-    const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter;
+    const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ||
+                       s.op == PlanOp::kCoordinateMean || s.op == PlanOp::kGroupAttention;
     const bool may_be_gated = gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave;
     const bool summed = s.op == PlanOp::kAdd || s.op == PlanOp::kMultiply;
-    const bool paired = summed || s.op == PlanOp::kStack || s.op == PlanOp::kInterleave;
+    const bool paired =
+        summed || s.op == PlanOp::kStack || s.op == PlanOp::kInterleave || s.op == PlanOp::kCoordinateMean;
     ok = ok && (s.gate >= 0 ? may_be_gated : !gated) && (s.other >= 0 || !paired) && s.gate != plan.input;
     ok = ok && s.factor >= 1 && s.factor <= 64 &&
          (s.factor == 1 || summed || s.op == PlanOp::kOuter || s.op == PlanOp::kCopy);
@@ -244,8 +252,17 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     } else if (s.op == PlanOp::kUpsample || s.op == PlanOp::kBilinear) {
       out.height = 2 * in.height;
       out.width = 2 * in.width;
-    } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum) {
+    } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
+               s.op == PlanOp::kCoordinateMean) {
       out.height = out.width = 1;
+    } else if (s.op == PlanOp::kMeanOfRows) {
+      out.width = 1;
+    } else if (s.op == PlanOp::kMeanOfColumns) {
+      out.height = 1;
+    } else if (s.op == PlanOp::kGroupSoftmax) {
+      FASTPOSE_CHECK(in.pixels() == 1, "run_plan: a map has more than one pixel in step ", i);
+    } else if (s.op == PlanOp::kGroupAttention) {
+      l.gather = std::max(l.gather, group_attention_scratch(in));
     }
     if (s.op == PlanOp::kOuter) {
       const PlanMap& gate = sized(s.gate);
@@ -253,7 +270,11 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       out.height = s.factor * gate.height;
       out.width = s.factor * gate.width;
     }
-    if (s.other >= 0) {
+    if (s.op == PlanOp::kCoordinateMean) {
+      const PlanMap &rows = sized(s.other), &columns = sized(s.gate);
+      FASTPOSE_CHECK(rows.height == in.height && rows.width == 1 && columns.height == 1 && columns.width == in.width,
+                     "run_plan: images of ", height, " x ", width, " give a gate of another size in step ", i);
+    } else if (s.other >= 0) {
       const PlanMap& other = sized(s.other);
       const int64_t factor = s.op == PlanOp::kOuter ? 1 : s.factor;
       FASTPOSE_CHECK(other.height * factor == out.height && other.width * factor == out.width, "run_plan: images of ",
@@ -272,7 +293,7 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       FASTPOSE_CHECK(gate.height == out.height && gate.width == out.width, "run_plan: images of ", height, " x ", width,
                      " give a gate of another size in step ", i);
     }
-    if (s.gate >= 0 && s.op != PlanOp::kScalePixels && s.op != PlanOp::kOuter) {
+    if (s.gate >= 0 && s.op != PlanOp::kScalePixels && s.op != PlanOp::kOuter && s.op != PlanOp::kCoordinateMean) {
       FASTPOSE_CHECK(sized(s.gate).pixels() == 1, "run_plan: a gate has pixels in step ", i);
     }
     if (s.op == PlanOp::kDepthwise && s.gate >= 0) {
@@ -327,8 +348,11 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
     if (s.op == PlanOp::kConv && to_one(t)) unit = t.out.width;
     if (s.op == PlanOp::kDepthwise) rows = t.out.height, unit = 1;
     if (s.op == PlanOp::kUpsample) rows = t.in.height, unit = 1;
-    const bool whole = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
-                       s.op == PlanOp::kStack || s.op == PlanOp::kBand;
+    if (s.op == PlanOp::kGroupAttention) rows = t.out.height, unit = 1;
+    const bool reduces = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
+                         s.op == PlanOp::kMeanOfColumns || s.op == PlanOp::kCoordinateMean;
+    if (reduces) rows = t.out.channels, unit = kPad;  // parts of the channels, each over all pixels
+    const bool whole = s.op == PlanOp::kStack || s.op == PlanOp::kBand || s.op == PlanOp::kGroupSoftmax;
     if (whole) rows = unit = 1;
     // four tiles per thread, so that one who was interrupted does not hold up the others for long
     const int64_t wanted = threads == 1 ? 1 : 4 * threads;

@@ -35,6 +35,15 @@ enum class PlanOp : int64_t {
   kBilinear,      // act(upsampling by two, corners on corners)
   kBand,          // map of one pixel: act(convolution along the channels with `kernel` numbers, zeros beyond (+ other))
   kOuter,         // act(map of one pixel times gate (+ other)), the gate a number per pixel, enlarged by `factor`
+  kMeanOfRows,    // mean over the width
+  kMeanOfColumns,   // mean over the height
+  kCoordinateMean,  // mean over all pixels of map * other * gate, other one number per row, gate one per column
+  kGroupSoftmax,    // softmax of a map of one pixel in each of `kernel` groups of channels
+  // act(map * sigmoid(sum over each of four groups of channels of a 7x7 depthwise convolution * gate + gate of the
+  // group)
+  // (+ other)); the gate has one number per channel, then one per group. The filters are in the order that `attend`
+  // wants; in place of a bias, how far they reach in each kPad channels: 1 for 3x3, 3 for 7x7
+  kGroupAttention,
 };
 
 struct PlanStep {
@@ -60,8 +69,15 @@ struct PlanTask {
   PlanMap in, other, gate, out;
   const float *weight, *bias;
   int64_t tiles;      // independent parts
-  int64_t tile_rows;  // output pixels (kConv) or rows per part
+  int64_t tile_rows;  // output pixels, rows or channels per part
 };
+
+// kGroupAttention works on bands of so many rows, copied with three pixels of zeros around them.
+constexpr int64_t kBandRows = 16;
+inline int64_t group_attention_scratch(const PlanMap& in) {
+  const int64_t rows = (in.height < kBandRows ? in.height : kBandRows) + 6;
+  return in.channels * (50 + rows * (in.width + 6)) + kPad;
+}
 
 // Whether a convolution to one channel goes over planes instead of pixels.
 inline bool to_one(const PlanTask& t) {

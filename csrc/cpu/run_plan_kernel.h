@@ -366,11 +366,25 @@ void upsample(const PlanTask& t, int64_t tile) {
   }
 }
 
+// The pixels of a tile, or its channels.
+struct Range {
+  int64_t begin, end;
+};
+FASTPOSE_INLINE Range pixels_of(const PlanTask& t, int64_t tile) {
+  const int64_t begin = tile * t.tile_rows, pixels = t.out.pixels();
+  return {begin, begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels};
+}
+FASTPOSE_INLINE Range channels_of(const PlanTask& t, int64_t tile) {
+  const int64_t begin = tile * t.tile_rows, channels = t.out.channels;
+  return {begin, begin + t.tile_rows < channels ? begin + t.tile_rows : channels};
+}
+
 // kMean, kSum and kMax over all pixels: four running values, since one would wait for itself.
 template <bool kMaximum>
-void reduce(const PlanTask& t, float factor) {
+void reduce(const PlanTask& t, int64_t tile, float factor) {
   const int64_t pixels = t.in.pixels(), stride = t.in.stride;
-  for (int64_t c = 0; c < t.out.channels; c += kL) {
+  const Range channels = channels_of(t, tile);
+  for (int64_t c = channels.begin; c < channels.end; c += kL) {
     V value[4];
     for (int i = 0; i < 4; ++i) value[i] = kMaximum ? load(t.in.data + c) : V{};
     int64_t p = 0;
@@ -391,6 +405,178 @@ void reduce(const PlanTask& t, float factor) {
   }
 }
 
+// kMeanOfRows: a pixel per row.
+void mean_of_rows(const PlanTask& t, int64_t tile) {
+  const Range rows = pixels_of(t, tile);
+  const int64_t width = t.in.width, stride = t.in.stride;
+  const float factor = 1.0f / static_cast<float>(width);
+  for (int64_t c = 0; c < t.out.channels; c += kL) {
+    for (int64_t y = rows.begin; y < rows.end; ++y) {
+      const float* in = t.in.data + y * width * stride + c;
+      V sum[2]{};
+      for (int64_t x = 0; x < width; ++x) sum[x % 2] += load(in + x * stride);
+      put(t.out.data + y * t.out.stride + c, (sum[0] + sum[1]) * factor, t.out.room - c);
+    }
+  }
+}
+
+// kMeanOfColumns and kCoordinateMean, some of the channels.
+void mean_of_columns(const PlanTask& t, int64_t tile) {
+  const int64_t height = t.in.height, width = t.in.width, stride = t.in.stride;
+  const Range channels = channels_of(t, tile);
+  const float factor = 1.0f / static_cast<float>(height);
+  for (int64_t c = channels.begin; c < channels.end; c += kL) {
+    for (int64_t x = 0; x < width; ++x) {
+      const float* in = t.in.data + x * stride + c;
+      V sum[2]{};
+      for (int64_t y = 0; y < height; ++y) sum[y % 2] += load(in + y * width * stride);
+      put(t.out.data + x * t.out.stride + c, (sum[0] + sum[1]) * factor, t.out.room - c);
+    }
+  }
+}
+
+void coordinate_mean(const PlanTask& t, int64_t tile) {
+  const int64_t height = t.in.height, width = t.in.width, stride = t.in.stride;
+  const Range channels = channels_of(t, tile);
+  const float factor = 1.0f / static_cast<float>(height * width);
+  for (int64_t c = channels.begin; c < channels.end; c += kL) {
+    V sum{};
+    for (int64_t y = 0; y < height; ++y) {
+      const float* in = t.in.data + y * width * stride + c;
+      V row[2]{};
+      for (int64_t x = 0; x < width; ++x)
+        row[x % 2] += load(in + x * stride) * load(t.gate.data + x * t.gate.stride + c);
+      sum += (row[0] + row[1]) * load(t.other.data + y * t.other.stride + c);
+    }
+    put(t.out.data + c, sum * factor, t.out.room - c);
+  }
+}
+
+void group_softmax(const PlanTask& t) {
+  const int64_t size = t.in.channels / t.step->kernel;
+  for (int64_t begin = 0; begin < t.in.channels; begin += size) {
+    const float* in = t.in.data + begin;
+    float* out = t.out.data + begin;
+    float most = in[0], sum = 0;
+    for (int64_t i = 1; i < size; ++i) most = in[i] > most ? in[i] : most;
+    for (int64_t i = 0; i < size; ++i) {
+      out[i] = exp(splat(in[i] - most))[0];
+      sum += out[i];
+    }
+    for (int64_t i = 0; i < size; ++i) out[i] /= sum;
+  }
+}
+
+// kGroupAttention. What follows the filters is linear up to the sigmoid, so it is multiplied into them first, and only
+// the sums over the four groups of channels are needed. Groups are mixed so that every kPad channels hold four of each:
+// position 16 j + 4 g + i is channel 4 j + i of group g. Then all vectors of a pixel add up lane by lane to four sums
+// of four numbers, and the small filters, first in each group, share vectors.
+
+// One vector of channels of kT pixels, filters of 2 * kReach + 1 rows and columns in the middle of 7 x 7.
+template <int kT, int kReach>
+FASTPOSE_INLINE void filter(const float* in, int64_t row, const float* weight, int64_t channels, V (&sum)[kT]) {
+  for (int ky = 3 - kReach; ky <= 3 + kReach; ++ky) {
+#pragma GCC unroll 8
+    for (int kx = 3 - kReach; kx <= 3 + kReach; ++kx) {
+      const V w = load(weight + (ky * 7 + kx) * channels);
+      const float* from = in + ky * row + kx * channels;
+#pragma GCC unroll 8
+      for (int i = 0; i < kT; ++i) sum[i] += load(from + i * channels) * w;
+    }
+  }
+}
+
+// The sum of every four lanes in each of them.
+FASTPOSE_INLINE V sum_of_four(V v) {
+  IntVec<float> by1{}, by2{};
+  for (int i = 0; i < kL; ++i) by1[i] = i ^ 1, by2[i] = i ^ 2;
+  v += __builtin_shuffle(v, by1);
+  return v + __builtin_shuffle(v, by2);
+}
+
+// Pixels [x, x + kT) of row y; `in` is the corner of their windows in the band.
+template <int kT>
+void attend(const PlanTask& t, const float* in, int64_t row, const float* weight, int64_t y, int64_t x) {
+  const int64_t channels = t.in.channels, size = channels / 4;
+  const bool mixed = size % kL != 0;      // groups in a vector
+  alignas(64) float gates[kT][2 * kPad];  // the second half is never used
+  for (int64_t h = 0; h < kPad; h += kL) {
+    V sum[kT]{}, constant{};
+    for (int64_t i = 0; i < kL; ++i) constant[i] = t.gate.data[channels + (h + i) / 4];
+    for (int64_t c = h; c < channels; c += kPad) {
+      const float reach = t.bias[c / kPad];
+      if (reach <= 1) {
+        filter<kT, 1>(in + c, row, weight + c, channels, sum);
+      } else if (reach <= 2) {
+        filter<kT, 2>(in + c, row, weight + c, channels, sum);
+      } else {
+        filter<kT, 3>(in + c, row, weight + c, channels, sum);
+      }
+    }
+    for (int i = 0; i < kT; ++i) store(gates[i] + h, apply(sum_of_four(sum[i]) + constant, PlanAct::kSigmoid));
+  }
+  for (int64_t c = 0; c < channels; c += kL) {
+    const int64_t first = c / size * 4;  // of the numbers for the groups that this vector belongs to
+    IntVec<float> lanes{};
+    for (int64_t l = 0; mixed && l < kL; ++l) lanes[l] = static_cast<int>((c + l) / size * 4 - first);
+    for (int i = 0; i < kT; ++i) {
+      const int64_t p = y * t.in.width + x + i;
+      const V gate = mixed ? __builtin_shuffle(load(gates[i] + first), lanes) : splat(gates[i][first]);
+      V result = load(t.in.data + p * t.in.stride + c) * gate;
+      if (t.other.data) result += load(t.other.data + p * t.other.stride + c);
+      put(t.out.data + p * t.out.stride + c, apply(result, t.step->act), t.out.room - c);
+    }
+  }
+}
+
+FASTPOSE_INLINE void mix_groups(const float* from, int64_t size, float* to) {
+  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+  for (int64_t i = 0; i < size; i += 4, to += 16) {
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < 4; ++g)
+      *reinterpret_cast<Four*>(to + 4 * g) = *reinterpret_cast<const Four*>(from + g * size + i);
+  }
+}
+
+// A band of rows is copied with its surroundings, zeros outside the map, so that no pixel is at a border.
+void group_attention(const PlanTask& t, int64_t tile, float* scratch) {
+  const int64_t channels = t.in.channels, size = channels / 4, width = t.in.width, row = (width + 6) * channels;
+  const int64_t begin = tile * t.tile_rows;
+  const int64_t end = begin + t.tile_rows < t.out.height ? begin + t.tile_rows : t.out.height;
+  float *gate = scratch, *weight = gate + channels, *band = weight + 49 * channels;
+  mix_groups(t.gate.data, size, gate);
+  for (int64_t i = 0; i < 49; ++i) {
+    for (int64_t c = 0; c < channels; c += kL) {
+      store(weight + i * channels + c, load(t.weight + i * channels + c) * load(gate + c));
+    }
+  }
+  for (int64_t first = begin; first < end; first += kBandRows) {
+    const int64_t last = first + kBandRows < end ? first + kBandRows : end;
+    float* to = band;
+    const auto zeros = [&](int64_t n) {
+      for (int64_t i = 0; i < n; i += kL) store(to + i, V{});
+      to += n;
+    };
+    for (int64_t y = first - 3; y < last + 3; ++y) {
+      if (y < 0 || y >= t.in.height) {
+        zeros(row);
+        continue;
+      }
+      zeros(3 * channels);
+      const float* in = t.in.data + y * width * t.in.stride;
+      for (int64_t x = 0; x < width; ++x, to += channels) mix_groups(in + x * t.in.stride, size, to);
+      zeros(3 * channels);
+    }
+    for (int64_t y = first; y < last; ++y) {
+      const float* in = band + (y - first) * row;
+      int64_t x = 0;
+      for (; x + 8 <= width; x += 8) attend<8>(t, in + x * channels, row, weight, y, x);
+      for (; x + 4 <= width; x += 4) attend<4>(t, in + x * channels, row, weight, y, x);
+      for (; x < width; ++x) attend<1>(t, in + x * channels, row, weight, y, x);
+    }
+  }
+}
+
 // Convolution along the channels of one pixel.
 void band(const PlanTask& t, float* scratch) {
   const int64_t channels = t.in.channels, k = t.step->kernel, edge = k / 2, packed = pad(channels);
@@ -401,15 +587,6 @@ void band(const PlanTask& t, float* scratch) {
     if (t.other.data) y += load(t.other.data + c);
     put(t.out.data + c, apply(y, t.step->act), t.out.room - c);
   }
-}
-
-// The pixels of a tile.
-struct Range {
-  int64_t begin, end;
-};
-FASTPOSE_INLINE Range pixels_of(const PlanTask& t, int64_t tile) {
-  const int64_t begin = tile * t.tile_rows, pixels = t.out.pixels();
-  return {begin, begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels};
 }
 
 // kScale, kScalePixels, kAdd, kMultiply, kActivate and kOuter.
@@ -562,9 +739,14 @@ struct PlanLevel {
       case PlanOp::kConv: return to_one(t) ? conv_to_one(t, tile, scratch) : conv(t, tile, scratch);
       case PlanOp::kDepthwise: return depthwise(t, tile, scratch);
       case PlanOp::kUpsample: return upsample(t, tile);
-      case PlanOp::kMean: return reduce<false>(t, 1.0f / static_cast<float>(t.in.pixels()));
-      case PlanOp::kSum: return reduce<false>(t, 1.0f);
-      case PlanOp::kMax: return reduce<true>(t, 1.0f);
+      case PlanOp::kMean: return reduce<false>(t, tile, 1.0f / static_cast<float>(t.in.pixels()));
+      case PlanOp::kSum: return reduce<false>(t, tile, 1.0f);
+      case PlanOp::kMax: return reduce<true>(t, tile, 1.0f);
+      case PlanOp::kMeanOfRows: return mean_of_rows(t, tile);
+      case PlanOp::kMeanOfColumns: return mean_of_columns(t, tile);
+      case PlanOp::kCoordinateMean: return coordinate_mean(t, tile);
+      case PlanOp::kGroupSoftmax: return group_softmax(t);
+      case PlanOp::kGroupAttention: return group_attention(t, tile, scratch);
       case PlanOp::kStack: return stack(t);
       case PlanOp::kCopy: return copy_map(t, tile);
       case PlanOp::kInterleave: return interleave(t, tile);
