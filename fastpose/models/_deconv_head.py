@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from fastpose.layers import ConvBNAct, check_images
+from fastpose.layers import ConvBNAct, check_images, check_num_keypoints
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class DeconvPoseConfig:
     deconv_width: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
+        check_num_keypoints(self.num_keypoints)
         if min(self.last_width, self.deconv_width) < 1:
             raise ValueError(f"widths must be positive, got {self.last_width} and {self.deconv_width}")
 
