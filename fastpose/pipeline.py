@@ -18,15 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpose.checkpoints import WeightsInfo, describe_weights, resolve_weights
+from fastpose.checkpoints import WeightsInfo, describe_weights
 from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec, get_codec
 from fastpose.data.base import boxes_of_keypoints
 from fastpose.detect import Detector, make_detector, whole_image
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop, whole_image_matrix
 from fastpose.images import Array, to_rgb
 from fastpose.layers import channels_last
-from fastpose.models import create_model
-from fastpose.models._registry import is_bottom_up
+from fastpose.models._registry import create_from, is_bottom_up, read_weights
 from fastpose.ops import oks_nms, rescore, use_fused
 from fastpose.plan import NotOptimizable
 from fastpose.plan import optimize as fastpose_optimize
@@ -103,10 +102,10 @@ class PoseEstimator:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device = torch.device("cpu" if device is None else device)
-        network = create_model(model, weights=weights)
-        path = resolve_weights(weights, model)
+        checkpoint = read_weights(weights, model)
+        network = create_from(checkpoint, model)
         name = skeleton.name if isinstance(skeleton, Skeleton) else skeleton
-        info = describe_weights(path, model, name)
+        info = describe_weights(checkpoint, model, name)
         changes: dict[str, Any] = {"skeleton": name, "padding": padding, "input_size": input_size}
         changes["codec"] = get_codec(codec) if isinstance(codec, str) else codec
         self.info: WeightsInfo = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})
