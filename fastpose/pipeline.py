@@ -9,7 +9,9 @@ Bottom-up: image -> resized as a whole through the network -> heatmaps and tags 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -113,10 +115,10 @@ class PoseEstimator:
         self.skeleton: Skeleton = skeleton if isinstance(skeleton, Skeleton) else self.info.get_skeleton()
         _check_settings(self.info, self.skeleton, network)
         self.model = channels_last(network.to(self.device))
-        self._crops_until_optimized = 0 if optimize else OPTIMIZE_AFTER
-        self._may_optimize = optimize is True or (optimize is None and self.device.type == "cpu" and use_fused())
         if optimize:
-            self._optimize(required=True)
+            self.model = fastpose_optimize(self.model, self.info.input_size)
+        pays = optimize is None and self.device.type == "cpu" and use_fused()
+        self._crops_until_optimized = OPTIMIZE_AFTER if pays else math.inf
         self.bottom_up = isinstance(self.info.codec, AssociativeEmbeddingCodec)
         self.detector, self.notice = make_detector("none" if self.bottom_up else detector)
         self.try_whole_image = not self.bottom_up and isinstance(detector, str) and detector == "auto"
@@ -240,13 +242,13 @@ class PoseEstimator:
             raise BoxError(f"the detector returned {len(checked)} boxes and {len(scores)} scores")
         return checked, scores, False
 
-    def _optimize(self, required: bool) -> None:
-        self._may_optimize = False
-        try:
-            self.model = fastpose_optimize(self.model, self.info.input_size)
-        except NotOptimizable:
-            if required:
-                raise
+    def _optimize_once_it_pays(self, crops: int) -> None:
+        """Count `crops`; when enough have come, optimise the network if that is possible, and not again."""
+        self._crops_until_optimized -= crops
+        if self._crops_until_optimized < 0:
+            self._crops_until_optimized = math.inf
+            with contextlib.suppress(NotOptimizable):
+                self.model = fastpose_optimize(self.model, self.info.input_size)
 
     def _keypoints(self, images: list[Array], boxes: Array, index: Array) -> tuple[Array, Array]:
         k, size = self.skeleton.num_keypoints, self.info.input_size
@@ -256,9 +258,7 @@ class PoseEstimator:
         assert isinstance(codec, HeatmapCodec)
         flip_indices = self.skeleton.flip_indices if self.flip_test else None
         matrices = [crop_matrix(box, size, self.info.padding, convention=codec.convention) for box in boxes]
-        self._crops_until_optimized -= len(boxes)
-        if self._may_optimize and self._crops_until_optimized < 0:
-            self._optimize(required=False)
+        self._optimize_once_it_pays(len(boxes))
         for start in range(0, len(boxes), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(boxes)))
             pairs = zip(index[part], matrices[part], strict=True)
