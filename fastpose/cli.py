@@ -368,12 +368,14 @@ def _validate_data(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fastpose.checkpoints import read_info, resolve_weights
+    from fastpose.checkpoints import find_architecture
     from fastpose.export import export_torchscript
-    from fastpose.models import create_model
+    from fastpose.models._registry import create_from, model_entry, read_weights
 
-    model = create_model(options.model, weights=options.weights)
-    size = read_info(resolve_weights(options.weights, options.model)).input_size
+    checkpoint = read_weights(options.weights, options.model)
+    model, info = create_from(checkpoint, options.model), checkpoint.info()
+    name, _, _ = find_architecture(checkpoint, options.model)
+    size = model_entry(name).input_size if info is None else info.input_size
     worst = export_torchscript(model, options.output, size, options.fused)
     needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
     print(f"{options.output}: {needs}; largest difference {worst:.1e} of the maximum")
