@@ -1,7 +1,7 @@
 // LibTorch's stable ABI, and the few helpers its stock layer lacks or does slowly.
 //
 // Built against any torch from 2.11 on, the library runs on every torch from 2.11 on: only C functions of libtorch are
-// imported (tests/test_library.py checks the symbols).
+// imported (tests/test_backend.py checks the symbols).
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -188,12 +188,16 @@ def average_precision(truth: KeypointTruth, results: KeypointResults, sigmas: Se
         unjudged[a] |= ~matched[a] & ((areas < low) | (areas > high))
     scores = results.scores[order]
     by_score = np.argsort(-scores, kind="stable")
-    out_of = np.stack([truth.ignored | (truth.areas < low) | (truth.areas > high) for low, high in AREA_RANGES])
-    precision, recall = _accumulate(matched, unjudged, by_score, (~out_of).sum(1))
+    precision, recall = _accumulate(matched, unjudged, by_score, (~_ignored(truth)).sum(1))
     levels = {
         level: average_precision(part, results.of_images(chosen), sigmas).ap for level, chosen, part in _levels(truth)
     }
     return KeypointAP(precision, recall, levels)
+
+
+def _ignored(truth: KeypointTruth) -> Array:
+    """bool [A, M]: who does not count in each range of areas."""
+    return np.stack([truth.ignored | (truth.areas < low) | (truth.areas > high) for low, high in AREA_RANGES])
 
 
 def _levels(truth: KeypointTruth) -> Iterator[tuple[str, Array, KeypointTruth]]:
@@ -272,8 +276,7 @@ def _match(
     oks = _oks(truth, gts, results.keypoints[order[slots]], widths)  # [n, D, G]
     oks[slots < 0] = -1.0
     oks.transpose(0, 2, 1)[gts < 0] = -1.0
-    ignored = np.stack([truth.ignored | (truth.areas < lo) | (truth.areas > hi) for lo, hi in AREA_RANGES])[:, gts]
-    ignored = ignored.transpose(1, 0, 2)[:, :, None]  # [n, A, 1, G]
+    ignored = _ignored(truth)[:, gts].transpose(1, 0, 2)[:, :, None]  # [n, A, 1, G]
     many = truth.crowd[gts][:, None, None]
     last = gts.shape[1] - 1
     free = np.ones((len(gts), len(AREA_RANGES), len(THRESHOLDS), last + 1), bool)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -78,6 +79,31 @@ def resolve_weights(weights: str | Path, model: str) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A weights file, read once for all that is asked of it.
+
+    Attributes:
+        path: of the file.
+        state: its tensors by name, without prefixes of wrappers.
+        layout: its format, see `load_checkpoint`.
+        metadata: JSON text of its `WeightsInfo`; None for checkpoints of others.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    layout: str
+    metadata: str | None = None
+
+    def info(self) -> WeightsInfo | None:
+        """What travels with the weights of a fastpose file, None for checkpoints of others.
+
+        Raises:
+            ValueError: the metadata are damaged.
+        """
+        return None if self.metadata is None else _parse_info(self.metadata, self.path)
+
+
 def read_info(path: str | Path) -> WeightsInfo:
     """Metadata of a fastpose weights file; raises ValueError if it is not one."""
     try:
@@ -87,8 +113,12 @@ def read_info(path: str | Path) -> WeightsInfo:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     if "fastpose" not in metadata:
         raise ValueError(f"{path} has no fastpose metadata; expected a file that fastpose wrote")
+    return _parse_info(metadata["fastpose"], path)
+
+
+def _parse_info(metadata: str, path: str | Path) -> WeightsInfo:
     try:
-        return from_dict(WeightsInfo, json.loads(metadata["fastpose"]), "")
+        return from_dict(WeightsInfo, json.loads(metadata), "")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged fastpose metadata: {error}") from None
 
@@ -106,7 +136,7 @@ def is_fastpose(path: str | Path) -> bool:
 USUAL_SKELETONS = {17: "coco17", 16: "mpii16"}
 
 
-def describe_weights(path: str | Path, name: str = "auto", skeleton: str | None = None) -> WeightsInfo:
+def describe_weights(checkpoint: Checkpoint, name: str = "auto", skeleton: str | None = None) -> WeightsInfo:
     """The metadata of a fastpose file; for checkpoints of others what is customary among them.
 
     That is the paper's input size, `padding` 1.25, `MSRAHeatmapCodec` (`AssociativeEmbeddingCodec` for bottom-up
@@ -118,25 +148,25 @@ def describe_weights(path: str | Path, name: str = "auto", skeleton: str | None 
         skeleton: name of the keypoints for a checkpoint of others.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a checkpoint, no or more than one network fits, or the keypoints cannot be told by their
+        ValueError: damaged metadata, no or more than one network fits, or the keypoints cannot be told by their
             number and `skeleton` is not given.
     """
     from fastpose.models._registry import is_bottom_up, model_entry
 
-    state, layout = read_state(path)
-    if layout == "fastpose":
-        return read_info(path)
-    name, k, options = find_architecture(path, name)
+    info = checkpoint.info()
+    if info is not None:
+        return info
+    name, k, options = find_architecture(checkpoint, name)
     if skeleton is None:
         if k not in USUAL_SKELETONS:
             known = [s.name for s in SKELETONS.values() if s.num_keypoints == k]
             these = f" (there is {' and '.join(known)})" if known else " (none of the built-in ones)"
             raise ValueError(
-                f"{layout} weights {path} have {k} keypoints, but do not say which: choose with skeleton=...{these}"
+                f"{checkpoint.layout} weights {checkpoint.path} have {k} keypoints, but do not say which: "
+                f"choose with skeleton=...{these}"
             )
         skeleton = USUAL_SKELETONS[k]
-    codec: Codec = MSRAHeatmapCodec(edges="hrnet" if layout == "original" else "mmpose")
+    codec: Codec = MSRAHeatmapCodec(edges="hrnet" if checkpoint.layout == "original" else "mmpose")
     if is_bottom_up(name):
         codec = AssociativeEmbeddingCodec()
     size = model_entry(name).input_size
@@ -172,19 +202,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> str:
         ValueError: not a checkpoint, or keys are missing, unexpected or misshaped: the first differing ones are
             listed, with the network that fits best, and nothing is loaded.
     """
-    state, layout = read_state(path)
-    own = model.state_dict()
-    renamed = _rename(state, own)
-    problems = _differences(own, renamed)
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        fits = matching_models(state)
-        hint = f"; it is a {fits[0][0]!r} with num_keypoints={fits[0][1]}" if fits else _closest(state)
-        kind = type(model).__name__
-        raise ValueError(f"{layout} weights {path} do not fit this {kind}: {'; '.join(problems[:5])}{more}{hint}")
-    model.load_state_dict({k: v.to(own[k].dtype) for k, v in renamed.items()}, strict=False)
-    _switch_legacy(model, layout)
-    return layout
+    checkpoint = read_checkpoint(path)
+    fill(model, checkpoint)
+    return checkpoint.layout
 
 
 def load_pretrained(model: nn.Module, name: str, num_keypoints: int, path: str | Path) -> list[str]:
@@ -196,56 +216,68 @@ def load_pretrained(model: nn.Module, name: str, num_keypoints: int, path: str |
     Returns:
         Names of the tensors that were left as they are, none if the number of keypoints is the same.
     """
-    state, layout = read_state(path)
+    checkpoint = read_checkpoint(path)
     own = model.state_dict()
-    renamed = _rename(state, own)
+    renamed = _rename(checkpoint.state, own)
     one, two = _shapes(name, num_keypoints), _shapes(name, num_keypoints + 1)
     left = [k for k in own if one[k].shape != two[k].shape and k in renamed and renamed[k].shape != own[k].shape]
-    if not left:
-        load_checkpoint(model, path)
-        return []
-    problems = _differences(own, {**renamed, **{k: own[k] for k in left}})
-    if problems:
-        raise ValueError(f"{layout} weights {path} do not fit {name!r}: {'; '.join(problems[:5])}{_closest(state)}")
-    kept = {k: v.to(own[k].dtype) for k, v in renamed.items() if k not in left}
-    model.load_state_dict(kept, strict=False)
-    _switch_legacy(model, layout)
+    fill(model, checkpoint, left)
     return left
 
 
-def _switch_legacy(model: nn.Module, layout: str) -> None:
-    if layout != "fastpose":
+def fill(model: nn.Module, checkpoint: Checkpoint, leave: Collection[str] = ()) -> None:
+    """`load_checkpoint` for a file that is read already; the tensors of `model` called `leave` stay as they are."""
+    own = model.state_dict()
+    loaded = {k: v for k, v in _rename(checkpoint.state, own).items() if k not in leave}
+    problems = _differences(own, {**loaded, **{k: own[k] for k in leave}})
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        fits = matching_models(checkpoint.state)
+        hint = f"; it is a {fits[0][0]!r} with num_keypoints={fits[0][1]}" if fits else _closest(checkpoint.state)
+        raise ValueError(
+            f"{checkpoint.layout} weights {checkpoint.path} do not fit this {type(model).__name__}: "
+            f"{'; '.join(problems[:5])}{more}{hint}"
+        )
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in loaded.items()}, strict=False)
+    if checkpoint.layout != "fastpose":
         for module in model.modules():
             if hasattr(module, "legacy_fuse"):
                 module.legacy_fuse = True  # type: ignore[assignment]
 
 
-def read_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors of a checkpoint file by name, without prefixes of wrappers, and its format (see `load_checkpoint`)."""
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a weights file of any format that `load_checkpoint` accepts.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a checkpoint.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights {str(path)!r}: no such file")
     with path.open("rb") as file:
         start = file.read(9)
+    metadata = None
     if len(start) == 9 and start[8:] == b"{":  # 8 bytes of header length, then JSON
-        state, fastpose = _read_safetensors(path)
+        state, metadata = _read_safetensors(path)
     else:
-        state, fastpose = _read_pytorch(path), False
+        state = _read_pytorch(path)
     state = {k.removeprefix("module."): v for k, v in state.items()}
-    if fastpose:
-        return state, "fastpose"
-    if any(k.startswith("keypoint_head.") for k in state):
-        return state, "mmpose 0.x"
-    if any(k.startswith("backbone.") for k in state):
-        return state, "mmpose 1.x"
-    return state, "original"
+    layout = "original"
+    if metadata is not None:
+        layout = "fastpose"
+    elif any(k.startswith("keypoint_head.") for k in state):
+        layout = "mmpose 0.x"
+    elif any(k.startswith("backbone.") for k in state):
+        layout = "mmpose 1.x"
+    return Checkpoint(path, state, layout, metadata)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Tensors, and the metadata if fastpose wrote the file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, "fastpose" in (file.metadata() or {})
+            return tensors, (file.metadata() or {}).get("fastpose")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
@@ -344,21 +376,20 @@ def infer_num_keypoints(state: dict[str, Tensor], name: str) -> int | None:
     return None
 
 
-def find_architecture(path: str | Path, name: str = "auto") -> tuple[str, int, dict[str, Any]]:
-    """Network, number of keypoints and config options for the checkpoint `path`.
+def find_architecture(checkpoint: Checkpoint, name: str = "auto") -> tuple[str, int, dict[str, Any]]:
+    """Network, number of keypoints and config options for a checkpoint.
 
     Args:
         name: the network if it is known, or ``"auto"``. If the checkpoint does not fit it, the paper's number of
-            keypoints is returned and it is left to `load_checkpoint` to say what differs.
+            keypoints is returned and it is left to `fill` to say what differs.
 
     Raises:
-        ValueError: ``"auto"`` and no network, or more than one, has these names and shapes.
+        ValueError: damaged metadata; ``"auto"`` and no network, or more than one, has these names and shapes.
     """
     from fastpose.models._registry import model_entry
 
-    state, layout = read_state(path)
-    if layout == "fastpose":
-        info = read_info(path)
+    info, state = checkpoint.info(), checkpoint.state
+    if info is not None:
         return (info.model if name == "auto" else name), info.num_keypoints, info.options
     if name != "auto":
         k = infer_num_keypoints(state, name)
@@ -368,7 +399,7 @@ def find_architecture(path: str | Path, name: str = "auto") -> tuple[str, int, d
         return *found[0], {}
     names = ", ".join(n for n, _ in found)
     why = f"it fits more than one network: {names}" if found else f"no network has these names{_closest(state)}"
-    raise ValueError(f"cannot tell the architecture of {layout} weights {path}: {why}")
+    raise ValueError(f"cannot tell the architecture of {checkpoint.layout} weights {checkpoint.path}: {why}")
 
 
 def _closest(state: dict[str, Tensor]) -> str:

@@ -8,13 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 BAD_INPUT = 2
+# what the numbers of an evaluation depend on
+EVALUATION_SETTINGS = (
+    "dataset", "data", "split", "limit", "model", "weights", "predictions", "boxes", "least_score", "codec",
+    "input_size", "padding", "nms", "nms_threshold", "keypoint_threshold", "no_flip_test", "evaluator",
+)  # fmt: skip
+
+Reporter = Callable[[object, object], None]  # takes a file and what is wrong with it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,8 +159,8 @@ def _load_data(options: argparse.Namespace, **more: Any) -> Any:
 
 def _predict(options: argparse.Namespace) -> int:
     from fastpose.boxes import read_boxes
-    from fastpose.files import write_atomically
-    from fastpose.images import find_images, read_image
+    from fastpose.files import write_json
+    from fastpose.images import find_images
     from fastpose.pipeline import PoseEstimator
 
     errors: list[dict[str, str]] = []
@@ -184,38 +191,10 @@ def _predict(options: argparse.Namespace) -> int:
 
     output = Path(options.output)
     save_images = options.save_images or len(paths) == 1
-    result: dict[str, Any] = {
-        "info": {"model": options.model, "weights": str(options.weights)},
-        "images": [],
-        "annotations": [],
-        "categories": [
-            {
-                "id": 1,
-                "name": "person",
-                "keypoints": list(estimator.skeleton.names),
-                "skeleton": [[a + 1, b + 1] for a, b in estimator.skeleton.links],
-            }
-        ],
-        "errors": errors,
-    }
+    result = _coco_frame(options, estimator.skeleton, errors)
     progress = tqdm(total=len(paths), unit="image", disable=options.quiet or len(paths) < 20)
     for chunk in _chunks(paths, 16):
-        images, names, given = [], [], []
-        for path in chunk:
-            try:
-                image = read_image(path)
-                entry = None
-                if boxes is not None:
-                    entry = boxes.get(str(path), boxes.get(path.name))
-                    if entry is None:
-                        raise ValueError(f"{path}: not in {options.boxes}")
-            except ValueError as error:
-                report(path, error)
-                continue
-            images.append(image)
-            names.append(path)
-            given.append(entry)
-        for path, image, poses in _estimate(estimator, names, images, given, report):
+        for path, image, poses in _estimate(estimator, *_read_images(chunk, boxes, options.boxes, report), report):
             image_id = len(result["images"]) + 1
             height, width = poses.image_size
             result["images"].append({"id": image_id, "file_name": str(path), "width": width, "height": height})
@@ -235,7 +214,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     json_path = Path(options.json) if options.json else output / "poses.json"
     if result["images"] or not errors:
-        write_atomically(json_path, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
+        write_json(json_path, result)
         if not options.quiet:
             drawn = f", drawn images in {output}/" if save_images else ""
             print(f"{len(result['annotations'])} poses in {len(result['images'])} images -> {json_path}{drawn}")
@@ -245,8 +224,44 @@ def _predict(options: argparse.Namespace) -> int:
     return 0
 
 
+def _coco_frame(options: argparse.Namespace, skeleton: Any, errors: list[dict[str, str]]) -> dict[str, Any]:
+    """A file in COCO's format without images and poses."""
+    category = {
+        "id": 1,
+        "name": "person",
+        "keypoints": list(skeleton.names),
+        "skeleton": [[a + 1, b + 1] for a, b in skeleton.links],
+    }
+    info = {"model": options.model, "weights": str(options.weights)}
+    return {"info": info, "images": [], "annotations": [], "categories": [category], "errors": errors}
+
+
+def _read_images(
+    paths: list[Path], boxes: dict[str, list[Any]] | None, source: str, report: Reporter
+) -> tuple[list[Path], list[Any], list[Any]]:
+    """Of the images that can be read and have an entry in `boxes`, if given: paths, pixels and entries."""
+    from fastpose.images import read_image
+
+    names, images, given = [], [], []
+    for path in paths:
+        try:
+            image = read_image(path)
+            entry = None
+            if boxes is not None:
+                entry = boxes.get(str(path), boxes.get(path.name))
+                if entry is None:
+                    raise ValueError(f"{path}: not in {source}")
+        except ValueError as error:
+            report(path, error)
+            continue
+        names.append(path)
+        images.append(image)
+        given.append(entry)
+    return names, images, given
+
+
 def _estimate(
-    estimator: Any, names: list[Path], images: list[Any], boxes: list[Any], report: Any
+    estimator: Any, names: list[Path], images: list[Any], boxes: list[Any], report: Reporter
 ) -> Iterator[tuple[Path, Any, Any]]:
     """Poses of a chunk; if one image's boxes are bad, the others are still done."""
     try:
@@ -286,7 +301,8 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from fastpose.checkpoints import is_fastpose, resolve_weights
     from fastpose.data import MISSING, UNREADABLE
-    from fastpose.evaluate import Evaluation, evaluate, to_text, write_json
+    from fastpose.evaluate import Evaluation, evaluate, to_text
+    from fastpose.files import write_json
     from fastpose.pipeline import PoseEstimator
 
     more: dict[str, Any] = {"metric": options.metric}
@@ -324,21 +340,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.results:
         result.write_results(options.results)
     if options.json:
-        # what the numbers depend on
-        names = [
-            *("dataset", "data", "split", "limit", "model", "weights", "predictions", "boxes", "least_score"),
-            *(
-                "codec",
-                "input_size",
-                "padding",
-                "nms",
-                "nms_threshold",
-                "keypoint_threshold",
-                "no_flip_test",
-                "evaluator",
-            ),
-        ]
-        settings = {name: getattr(options, name) for name in names}
+        settings = {name: getattr(options, name) for name in EVALUATION_SETTINGS}
         write_json(options.json, {**result.to_dict(), "settings": settings})
     if options.worst:
         result.write_worst(options.worst, options.worst_count)
@@ -366,12 +368,14 @@ def _validate_data(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fastpose.checkpoints import read_info, resolve_weights
+    from fastpose.checkpoints import find_architecture
     from fastpose.export import export_torchscript
-    from fastpose.models import create_model
+    from fastpose.models._registry import create_from, model_entry, read_weights
 
-    model = create_model(options.model, weights=options.weights)
-    size = read_info(resolve_weights(options.weights, options.model)).input_size
+    checkpoint = read_weights(options.weights, options.model)
+    model, info = create_from(checkpoint, options.model), checkpoint.info()
+    name, _, _ = find_architecture(checkpoint, options.model)
+    size = model_entry(name).input_size if info is None else info.input_size
     worst = export_torchscript(model, options.output, size, options.fused)
     needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
     print(f"{options.output}: {needs}; largest difference {worst:.1e} of the maximum")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from fastpose.checkpoints import WeightsInfo
 from fastpose.codecs import AssociativeEmbeddingCodec
 from fastpose.data import UNREADABLE, PoseData, Report, to_results
 from fastpose.data.coco import read_json
-from fastpose.files import write_atomically
+from fastpose.files import write_json
 from fastpose.geometry import crop_matrix
 from fastpose.images import Array, ImageError, write_image
 from fastpose.pipeline import PoseEstimator
@@ -136,6 +135,27 @@ def evaluate(
     codec = estimator.info.codec
     if isinstance(codec, AssociativeEmbeddingCodec):
         return _evaluate_whole_images(estimator, data, evaluator, quiet)
+    keypoints, scores, done, unreadable = _estimate_boxes(estimator, data, quiet)
+    rows = np.flatnonzero(done)
+    rest = data.take(rows).without_images(unreadable)
+    if len(rest.image_files()) == 0 or (len(rest) == 0 and rest.metric != "AP"):
+        raise ValueError(f"nothing is left to evaluate: {data.report.to_text() or 'the data set is empty'}")
+    score = score_poses(
+        rest,
+        keypoints[rows],
+        scores[rows],
+        nms=nms,
+        nms_threshold=nms_threshold,
+        keypoint_threshold=keypoint_threshold,
+        crop_areas=_crop_areas(estimator.info, codec.convention, rest.boxes),
+        evaluator=evaluator,
+    )
+    return Evaluation(score, rest, keypoints[rows], scores[rows])
+
+
+def _estimate_boxes(estimator: PoseEstimator, data: PoseData, quiet: bool) -> tuple[Array, Array, Array, list[Path]]:
+    """Keypoints [N, K, 2] and scores [N, K] of the boxes of `data`, bool [N] for which of them there are any, and the
+    images that could not be read. Several images wait until their boxes fill a batch."""
     n, k = len(data), data.skeleton.num_keypoints
     keypoints, scores = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
     done, unreadable = np.zeros(n, bool), []
@@ -169,22 +189,7 @@ def evaluate(
             run()
     if waiting:
         run()
-
-    rows = np.flatnonzero(done)
-    rest = data.take(rows).without_images(unreadable)
-    if len(rest.image_files()) == 0 or (len(rest) == 0 and rest.metric != "AP"):
-        raise ValueError(f"nothing is left to evaluate: {data.report.to_text() or 'the data set is empty'}")
-    score = score_poses(
-        rest,
-        keypoints[rows],
-        scores[rows],
-        nms=nms,
-        nms_threshold=nms_threshold,
-        keypoint_threshold=keypoint_threshold,
-        crop_areas=_crop_areas(estimator.info, codec.convention, rest.boxes),
-        evaluator=evaluator,
-    )
-    return Evaluation(score, rest, keypoints[rows], scores[rows])
+    return keypoints, scores, done, unreadable
 
 
 def _evaluate_whole_images(estimator: PoseEstimator, data: PoseData, evaluator: str, quiet: bool) -> Evaluation:
@@ -217,11 +222,6 @@ def _crop_areas(info: WeightsInfo, convention: str, boxes: Array) -> Array:
     matrices = [crop_matrix(box, info.input_size, info.padding, convention=convention) for box in boxes]
     zooms = np.array([abs(np.linalg.det(m[:, :2])) for m in matrices], np.float64)
     return np.asarray(info.input_size[0] * info.input_size[1] / zooms)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as JSON, atomically."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def _none_for_nan(value: float) -> float | None:

@@ -222,6 +222,12 @@ def check_images(x: Tensor, multiple: int, name: str) -> None:
         )
 
 
+def check_num_keypoints(num_keypoints: int) -> None:
+    """Raise a ValueError unless a network's number of keypoints is positive."""
+    if num_keypoints < 1:
+        raise ValueError(f"num_keypoints must be at least 1, got {num_keypoints}")
+
+
 def channels_last(module: nn.Module) -> nn.Module:
     """Convert the module's parameters to channels-last, in which CPU convolutions run fastest; returns the module."""
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -9,7 +9,9 @@ Bottom-up: image -> resized as a whole through the network -> heatmaps and tags 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -18,15 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpose.checkpoints import WeightsInfo, describe_weights, resolve_weights
+from fastpose.checkpoints import WeightsInfo, describe_weights
 from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec, get_codec
 from fastpose.data.base import boxes_of_keypoints
 from fastpose.detect import Detector, make_detector, whole_image
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop, whole_image_matrix
 from fastpose.images import Array, to_rgb
 from fastpose.layers import channels_last
-from fastpose.models import create_model
-from fastpose.models._registry import is_bottom_up
+from fastpose.models._registry import create_from, is_bottom_up, read_weights
 from fastpose.ops import oks_nms, rescore, use_fused
 from fastpose.plan import NotOptimizable
 from fastpose.plan import optimize as fastpose_optimize
@@ -103,10 +104,10 @@ class PoseEstimator:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device = torch.device("cpu" if device is None else device)
-        network = create_model(model, weights=weights)
-        path = resolve_weights(weights, model)
+        checkpoint = read_weights(weights, model)
+        network = create_from(checkpoint, model)
         name = skeleton.name if isinstance(skeleton, Skeleton) else skeleton
-        info = describe_weights(path, model, name)
+        info = describe_weights(checkpoint, model, name)
         changes: dict[str, Any] = {"skeleton": name, "padding": padding, "input_size": input_size}
         changes["codec"] = get_codec(codec) if isinstance(codec, str) else codec
         self.info: WeightsInfo = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})
@@ -114,10 +115,10 @@ class PoseEstimator:
         self.skeleton: Skeleton = skeleton if isinstance(skeleton, Skeleton) else self.info.get_skeleton()
         _check_settings(self.info, self.skeleton, network)
         self.model = channels_last(network.to(self.device))
-        self._crops_until_optimized = 0 if optimize else OPTIMIZE_AFTER
-        self._may_optimize = optimize is True or (optimize is None and self.device.type == "cpu" and use_fused())
         if optimize:
-            self._optimize(required=True)
+            self.model = fastpose_optimize(self.model, self.info.input_size)
+        pays = optimize is None and self.device.type == "cpu" and use_fused()
+        self._crops_until_optimized = OPTIMIZE_AFTER if pays else math.inf
         self.bottom_up = isinstance(self.info.codec, AssociativeEmbeddingCodec)
         self.detector, self.notice = make_detector("none" if self.bottom_up else detector)
         self.try_whole_image = not self.bottom_up and isinstance(detector, str) and detector == "auto"
@@ -241,13 +242,13 @@ class PoseEstimator:
             raise BoxError(f"the detector returned {len(checked)} boxes and {len(scores)} scores")
         return checked, scores, False
 
-    def _optimize(self, required: bool) -> None:
-        self._may_optimize = False
-        try:
-            self.model = fastpose_optimize(self.model, self.info.input_size)
-        except NotOptimizable:
-            if required:
-                raise
+    def _optimize_once_it_pays(self, crops: int) -> None:
+        """Count `crops`; when enough have come, optimise the network if that is possible, and not again."""
+        self._crops_until_optimized -= crops
+        if self._crops_until_optimized < 0:
+            self._crops_until_optimized = math.inf
+            with contextlib.suppress(NotOptimizable):
+                self.model = fastpose_optimize(self.model, self.info.input_size)
 
     def _keypoints(self, images: list[Array], boxes: Array, index: Array) -> tuple[Array, Array]:
         k, size = self.skeleton.num_keypoints, self.info.input_size
@@ -257,9 +258,7 @@ class PoseEstimator:
         assert isinstance(codec, HeatmapCodec)
         flip_indices = self.skeleton.flip_indices if self.flip_test else None
         matrices = [crop_matrix(box, size, self.info.padding, convention=codec.convention) for box in boxes]
-        self._crops_until_optimized -= len(boxes)
-        if self._may_optimize and self._crops_until_optimized < 0:
-            self._optimize(required=False)
+        self._optimize_once_it_pays(len(boxes))
         for start in range(0, len(boxes), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(boxes)))
             pairs = zip(index[part], matrices[part], strict=True)

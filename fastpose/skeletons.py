@@ -66,217 +66,91 @@ class Skeleton:
         return perm
 
 
-COCO17 = Skeleton(
+# COCO's sigmas, and for neck and head, which COCO has not, CrowdPose's 0.079. LSP and MPII define none and take these:
+# the thorax that of the neck, the pelvis that of the hips.
+SIGMAS = {
+    "nose": 0.026,
+    "eye": 0.025,
+    "ear": 0.035,
+    "shoulder": 0.079,
+    "elbow": 0.072,
+    "wrist": 0.062,
+    "hip": 0.107,
+    "knee": 0.087,
+    "ankle": 0.089,
+    "head": 0.079,
+    "head_top": 0.079,
+    "upper_neck": 0.079,
+    "neck": 0.079,
+    "thorax": 0.079,
+    "pelvis": 0.107,
+}
+
+
+def _person(name: str, names: tuple[str, ...], **fields: Any) -> Skeleton:
+    sigmas = tuple(SIGMAS[n.removeprefix("left_").removeprefix("right_")] for n in names)
+    return Skeleton(name, names, sigmas=sigmas, **fields)
+
+
+COCO17 = _person(
     name="coco17",
     names=(
-        "nose",
-        "left_eye",
-        "right_eye",
-        "left_ear",
-        "right_ear",
-        "left_shoulder",
-        "right_shoulder",
-        "left_elbow",
-        "right_elbow",
-        "left_wrist",
-        "right_wrist",
-        "left_hip",
-        "right_hip",
-        "left_knee",
-        "right_knee",
-        "left_ankle",
-        "right_ankle",
+        "nose", "left_eye", "right_eye", "left_ear", "right_ear",
+        "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist",
+        "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle",
     ),
     links=(
-        (15, 13),
-        (13, 11),
-        (16, 14),
-        (14, 12),
-        (11, 12),
-        (5, 11),
-        (6, 12),
-        (5, 6),
-        (5, 7),
-        (6, 8),
-        (7, 9),
-        (8, 10),
-        (1, 2),
-        (0, 1),
-        (0, 2),
-        (1, 3),
-        (2, 4),
-        (3, 5),
-        (4, 6),
+        (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10),
+        (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
     ),
     flip_pairs=((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16)),
-    # fmt: off
-    sigmas=(
-        0.026,
-        0.025,
-        0.025,
-        0.035,
-        0.035,
-        0.079,
-        0.079,
-        0.072,
-        0.072,
-        0.062,
-        0.062,
-        0.107,
-        0.107,
-        0.087,
-        0.087,
-        0.089,
-        0.089,
-    ),
-    # fmt: on
     upper_body=tuple(range(11)),
-)
+)  # fmt: skip
 
-LSP14 = Skeleton(
+LSP14 = _person(
     name="lsp14",
     names=(
-        "right_ankle",
-        "right_knee",
-        "right_hip",
-        "left_hip",
-        "left_knee",
-        "left_ankle",
-        "right_wrist",
-        "right_elbow",
-        "right_shoulder",
-        "left_shoulder",
-        "left_elbow",
-        "left_wrist",
-        "neck",
-        "head_top",
+        "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle",
+        "right_wrist", "right_elbow", "right_shoulder", "left_shoulder", "left_elbow", "left_wrist",
+        "neck", "head_top",
     ),
     links=(
-        (0, 1),
-        (1, 2),
-        (2, 3),
-        (3, 4),
-        (4, 5),
-        (6, 7),
-        (7, 8),
-        (8, 12),
-        (9, 12),
-        (9, 10),
-        (10, 11),
-        (12, 13),
-        (8, 2),
+        (0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (6, 7), (7, 8), (8, 12), (9, 12), (9, 10), (10, 11), (12, 13), (8, 2),
         (9, 3),
     ),
     flip_pairs=((0, 5), (1, 4), (2, 3), (6, 11), (7, 10), (8, 9)),
-    # LSP defines none. Limbs take COCO's values; neck and head top take CrowdPose's, which has the same 14 keypoints.
-    # fmt: off
-    sigmas=(0.089, 0.087, 0.107, 0.107, 0.087, 0.089, 0.062, 0.072, 0.079, 0.079, 0.072, 0.062, 0.079, 0.079),
-    # fmt: on
     upper_body=tuple(range(6, 14)),
-)
+)  # fmt: skip
 
-MPII16 = Skeleton(
+MPII16 = _person(
     name="mpii16",
     names=(
-        "right_ankle",
-        "right_knee",
-        "right_hip",
-        "left_hip",
-        "left_knee",
-        "left_ankle",
-        "pelvis",
-        "thorax",
-        "upper_neck",
-        "head_top",
-        "right_wrist",
-        "right_elbow",
-        "right_shoulder",
-        "left_shoulder",
-        "left_elbow",
-        "left_wrist",
+        "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle",
+        "pelvis", "thorax", "upper_neck", "head_top",
+        "right_wrist", "right_elbow", "right_shoulder", "left_shoulder", "left_elbow", "left_wrist",
     ),
     links=(
-        (0, 1),
-        (1, 2),
-        (2, 6),
-        (6, 3),
-        (3, 4),
-        (4, 5),
-        (6, 7),
-        (7, 8),
-        (8, 9),
-        (10, 11),
-        (11, 12),
-        (12, 7),
-        (7, 13),
-        (13, 14),
-        (14, 15),
+        (0, 1), (1, 2), (2, 6), (6, 3), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9), (10, 11), (11, 12), (12, 7), (7, 13),
+        (13, 14), (14, 15),
     ),
     flip_pairs=((0, 5), (1, 4), (2, 3), (10, 15), (11, 14), (12, 13)),
-    # MPII is scored with PCKh and defines none. Limbs take COCO's values, the trunk and head CrowdPose's 0.079.
-    # fmt: off
-    sigmas=(
-        0.089,
-        0.087,
-        0.107,
-        0.107,
-        0.087,
-        0.089,
-        0.107,
-        0.079,
-        0.079,
-        0.079,
-        0.062,
-        0.072,
-        0.079,
-        0.079,
-        0.072,
-        0.062,
-    ),
-    # fmt: on
     upper_body=tuple(range(7, 16)),
-)
+)  # fmt: skip
 
-CROWDPOSE14 = Skeleton(
+CROWDPOSE14 = _person(
     name="crowdpose14",
     names=(
-        "left_shoulder",
-        "right_shoulder",
-        "left_elbow",
-        "right_elbow",
-        "left_wrist",
-        "right_wrist",
-        "left_hip",
-        "right_hip",
-        "left_knee",
-        "right_knee",
-        "left_ankle",
-        "right_ankle",
-        "head",
-        "neck",
+        "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist",
+        "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle",
+        "head", "neck",
     ),
     links=(
-        (10, 8),
-        (8, 6),
-        (11, 9),
-        (9, 7),
-        (6, 7),
-        (0, 6),
-        (1, 7),
-        (0, 2),
-        (1, 3),
-        (2, 4),
-        (3, 5),
-        (12, 13),
-        (0, 13),
+        (10, 8), (8, 6), (11, 9), (9, 7), (6, 7), (0, 6), (1, 7), (0, 2), (1, 3), (2, 4), (3, 5), (12, 13), (0, 13),
         (1, 13),
     ),
     flip_pairs=((0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)),
-    # fmt: off
-    sigmas=(0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089, 0.079, 0.079),
-    # fmt: on
     upper_body=(0, 1, 2, 3, 4, 5, 12, 13),
-)
+)  # fmt: skip
 
 SKELETONS: dict[str, Skeleton] = {s.name: s for s in (COCO17, LSP14, MPII16, CROWDPOSE14)}
 

@@ -127,3 +127,35 @@ def test_pretrained_for_other_keypoints(tmp_path):
     assert all(torch.equal(v, given[k]) for k, v in same.state_dict().items())
     with pytest.raises(ValueError, match="do not fit"):
         load_pretrained(build("hrnet_w32", num_keypoints=5), "hrnet_w32", 5, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("kind", ["fastpose", "original"])
+def test_a_file_is_read_once(kind, tmp_path, monkeypatch):
+    from fastpose import checkpoints
+
+    path, state = tmp_path / "w", build("mobileposenet", num_keypoints=14).state_dict()
+    if kind == "fastpose":
+        save_weights(path, state, WeightsInfo("mobileposenet", 14, "lsp14", (64, 64), 1.25, SoftmaxHeatmapCodec()))
+    else:
+        torch.save(state, path)
+    opened = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            opened.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(checkpoints, "safe_open", counted(checkpoints.safe_open))
+    monkeypatch.setattr(torch, "load", counted(torch.load))
+    for use in (
+        lambda: fastpose.create_model("mobileposenet", weights=path),
+        lambda: fastpose.create_model("auto", weights=path),
+        lambda: fastpose.load_checkpoint(fastpose.create_model("mobileposenet", num_keypoints=14), path),
+        lambda: checkpoints.load_pretrained(build("mobileposenet", num_keypoints=5), "mobileposenet", 5, path),
+        lambda: fastpose.PoseEstimator("auto", path, skeleton="lsp14", detector="none", optimize=False),
+    ):
+        opened.clear()
+        use()
+        assert len(opened) == 1

@@ -9,7 +9,10 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
 
+from fastpose.cli import main
+from fastpose.models import create_model
 from fastpose.zoo import models_table
 from tests import datasets
 
@@ -123,6 +126,13 @@ def test_export_and_info(folder):
     report = json.loads(done.stdout)
     assert set(report["ops on cpu"]) == {"ghost_cheap", "dw_upsample", "oks_nms", "run_plan"}
     assert "fused kernels" in fastpose("info", cwd=folder).stdout
+
+
+def test_export_of_a_checkpoint_of_others(tmp_path):
+    torch.save(create_model("mobileposenet", num_keypoints=13).state_dict(), tmp_path / "w.pth")
+    assert main(["export", "--model", "auto", "--weights", str(tmp_path / "w.pth"), str(tmp_path / "model.pt")]) == 0
+    with torch.no_grad():
+        assert torch.jit.load(tmp_path / "model.pt")(torch.zeros(1, 3, 64, 64)).shape == (1, 13, 16, 16)
 
 
 def test_models_table(tmp_path):

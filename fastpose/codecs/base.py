@@ -100,6 +100,17 @@ class GaussianCodec(HeatmapCodec):
         target, weight = self.encode(keypoints, valid, (outputs.shape[2], outputs.shape[3]))
         return heatmap_mse(outputs, target.to(outputs.dtype), weight.to(outputs.dtype), self.hardest)
 
+    def decode(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+        heatmaps = heatmaps.float()
+        if heatmaps.numel() == 0:
+            return heatmaps.new_zeros(*heatmaps.shape[:2], 2), heatmaps.new_zeros(heatmaps.shape[:2])
+        score, x, y = peaks(heatmaps)
+        return self._position(heatmaps, score, x, y), score
+
+    @abstractmethod
+    def _position(self, heatmaps: Tensor, score: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Crop pixels [B, K, 2] for float32 maps [B, K, H, W], not empty, and their `peaks`: the refined maximum."""
+
 
 def heatmap_mse(outputs: Tensor, target: Tensor, weight: Tensor, hardest: int = 0) -> Tensor:
     """Half the mean of the squared differences, as in the code of SimpleBaseline and HRNet; scalar.

@@ -16,7 +16,6 @@ from fastpose.codecs.base import (
     masked_targets,
     newton_step,
     opencv_taps,
-    peaks,
 )
 
 
@@ -54,12 +53,8 @@ class DarkHeatmapCodec(GaussianCodec):
         everywhere = torch.full_like(centres, torch.inf)
         return masked_targets(gaussian_maps(centres, self.sigma, size, -everywhere, everywhere), valid & near)
 
-    def decode(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-        heatmaps = heatmaps.float()
-        b, k, height, width = heatmaps.shape
-        if heatmaps.numel() == 0:
-            return heatmaps.new_zeros(b, k, 2), heatmaps.new_zeros(b, k)
-        score, x, y = peaks(heatmaps)
+    def _position(self, heatmaps: Tensor, score: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        height, width = heatmaps.shape[2:]
         at = LogNeighbours(heatmaps, score, x, y, self.kernel, 1e-10, torch.inf)
         dx, dy = 0.5 * (at(1, 0) - at(-1, 0)), 0.5 * (at(0, 1) - at(0, -1))
         dxx = 0.25 * (at(2, 0) - 2 * at(0, 0) + at(-2, 0))
@@ -67,7 +62,7 @@ class DarkHeatmapCodec(GaussianCodec):
         dxy = 0.25 * (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1))
         inner = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2) & at.meaningful
         step = torch.where(inner.unsqueeze(-1), newton_step(dx, dy, dxx, dxy, dyy), 0.0)
-        return (torch.stack([x, y], dim=-1) + step) * self.stride, score
+        return (torch.stack([x, y], dim=-1) + step) * self.stride
 
 
 def check_kernel(kernel: int) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastpose.codecs.base import GaussianCodec, Neighbours, gaussian_maps, masked_targets, peaks
+from fastpose.codecs.base import GaussianCodec, Neighbours, gaussian_maps, masked_targets
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,8 @@ class MSRAHeatmapCodec(GaussianCodec):
         reach = 3 * self.sigma
         return masked_targets(gaussian_maps(centres, self.sigma, size, centres - reach, centres + reach), valid)
 
-    def decode(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-        heatmaps = heatmaps.float()
-        b, k, height, width = heatmaps.shape
-        if heatmaps.numel() == 0:
-            return heatmaps.new_zeros(b, k, 2), heatmaps.new_zeros(b, k)
-        score, x, y = peaks(heatmaps)
+    def _position(self, heatmaps: Tensor, score: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        height, width = heatmaps.shape[2:]
         near = Neighbours(heatmaps, x, y)
         inner_x, inner_y = (x > 1) & (x < width - 1), (y > 1) & (y < height - 1)
         if self.edges == "hrnet":
@@ -61,4 +57,4 @@ class MSRAHeatmapCodec(GaussianCodec):
             move_x, move_y = inner_x & (y > 0), inner_y & (x > 0)
         dx = torch.sign(near(1, 0) - near(-1, 0)).nan_to_num() * move_x
         dy = torch.sign(near(0, 1) - near(0, -1)).nan_to_num() * move_y
-        return torch.stack([x + 0.25 * dx, y + 0.25 * dy], dim=-1) * self.stride, score
+        return torch.stack([x + 0.25 * dx, y + 0.25 * dy], dim=-1) * self.stride

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastpose.codecs.base import GaussianCodec, gaussian_maps, masked_targets, newton_step, peaks
+from fastpose.codecs.base import GaussianCodec, gaussian_maps, masked_targets, newton_step
 from fastpose.codecs.dark import LogNeighbours, check_kernel
 
 
@@ -52,12 +52,7 @@ class UDPHeatmapCodec(GaussianCodec):
         nearest, reach = torch.floor(centres + 0.5), 3 * self.sigma
         return masked_targets(gaussian_maps(centres, self.sigma, size, nearest - reach, nearest + reach), valid)
 
-    def decode(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-        heatmaps = heatmaps.float()
-        b, k, height, width = heatmaps.shape
-        if heatmaps.numel() == 0:
-            return heatmaps.new_zeros(b, k, 2), heatmaps.new_zeros(b, k)
-        score, x, y = peaks(heatmaps)
+    def _position(self, heatmaps: Tensor, score: Tensor, x: Tensor, y: Tensor) -> Tensor:
         at = LogNeighbours(heatmaps, score, x, y, self.kernel, 1e-3, 50.0)
         here = at(0, 0)
         dx, dy = 0.5 * (at(1, 0) - at(-1, 0)), 0.5 * (at(0, 1) - at(0, -1))
@@ -66,4 +61,5 @@ class UDPHeatmapCodec(GaussianCodec):
         dyy = at(0, 1) - 2 * here + at(0, -1) + tiny
         dxy = 0.5 * (at(1, 1) + at(-1, -1) + 2 * here - at(1, 0) - at(0, 1) - at(-1, 0) - at(0, -1))
         step = torch.where(at.meaningful.unsqueeze(-1), newton_step(dx, dy, dxx, dxy, dyy), 0.0)
-        return (torch.stack([x, y], dim=-1) + step) * step.new_tensor(self.pixels_per_cell(height, width)), score
+        cell = step.new_tensor(self.pixels_per_cell(heatmaps.shape[2], heatmaps.shape[3]))
+        return (torch.stack([x, y], dim=-1) + step) * cell

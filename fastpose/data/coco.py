@@ -140,39 +140,42 @@ def load_coco_format(
     people.sort(key=lambda p: order[p.image])
     paths = tuple(files[i] or image_folders[0] / images[i]["file_name"] for i in kept)
     sizes = np.array([images[i]["size"] for i in kept], np.int64).reshape(-1, 2)
-    k = skeleton.num_keypoints
-    places = np.array([order[p.image] for p in people], np.int64)
-    points = np.array([p.keypoints for p in people], np.float64).reshape(-1, k, 3)
-    boxes = np.array([p.box for p in people], np.float64).reshape(-1, 4)
-    # ids that are not numbers in ascending order are replaced by positions
-    numbers = np.array([i if isinstance(i, int) else -1 for i in kept], np.int64)
-    truth = KeypointTruth(
-        numbers if (np.diff(numbers) > 0).all() and (numbers >= 0).all() else np.arange(len(kept)),
-        places,
-        points[..., :2],
-        points[..., 2] > 0,
-        np.array([p.area for p in people], np.float64),
-        boxes,
-        np.array([p.ignored for p in people], bool),
-        np.array([p.crowd for p in people], bool),
-        _crowd_index([images[i] for i in kept]),
-    )
+    truth = _truth(people, order, skeleton.num_keypoints, _crowd_index([images[i] for i in kept]))
     annotated = AnnotatedImages(tuple(kept), paths, sizes, truth)
     if detections is not None:
         return _detected(detections, least_score, annotated, skeleton, report)
 
     at = np.flatnonzero([p.usable for p in people])
-    xyxy = np.concatenate([boxes[at, :2], boxes[at, :2] + boxes[at, 2:]], axis=1)
+    places, boxes = truth.image[at], truth.boxes[at]
+    xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     return PoseData(
         skeleton,
-        tuple(paths[i] for i in places[at]),
-        points[at, :, :2].astype(np.float32),
-        points[at, :, 2] > 0,
-        _clip(xyxy, sizes[places[at]]).astype(np.float32),
+        tuple(paths[i] for i in places),
+        truth.keypoints[at].astype(np.float32),
+        truth.visible[at],
+        _clip(xyxy, sizes[places]).astype(np.float32),
         annotated=annotated,
-        image_index=places[at],
+        image_index=places,
         metric="AP",
         report=report,
+    )
+
+
+def _truth(people: list[_Person], order: dict[Any, int], k: int, crowd_index: Array | None) -> KeypointTruth:
+    """Everybody in arrays; `order` gives the position of each image by its id, in ascending positions."""
+    points = np.array([p.keypoints for p in people], np.float64).reshape(-1, k, 3)
+    # ids that are not numbers in ascending order are replaced by positions
+    numbers = np.array([i if isinstance(i, int) else -1 for i in order], np.int64)
+    return KeypointTruth(
+        numbers if (np.diff(numbers) > 0).all() and (numbers >= 0).all() else np.arange(len(order)),
+        np.array([order[p.image] for p in people], np.int64),
+        points[..., :2],
+        points[..., 2] > 0,
+        np.array([p.area for p in people], np.float64),
+        np.array([p.box for p in people], np.float64).reshape(-1, 4),
+        np.array([p.ignored for p in people], bool),
+        np.array([p.crowd for p in people], bool),
+        crowd_index,
     )
 
 

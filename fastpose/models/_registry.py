@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastpose.checkpoints import Checkpoint, fill, find_architecture, read_checkpoint, resolve_weights
+
 Constructor = Callable[..., nn.Module]
 
 
@@ -113,18 +115,27 @@ def create_model(
         ValueError: unknown name, config field or weights, or weights that do not fit the network.
         FileNotFoundError: a `weights` path that does not exist.
     """
-    if weights is None and name == "auto":
+    if weights is not None:
+        return create_from(read_weights(weights, name), name, num_keypoints, **changes)
+    if name == "auto":
         raise ValueError("create_model('auto') takes the architecture from a checkpoint; give weights=path")
+    entry = model_entry(name)
+    return entry.build(num_keypoints=entry.num_keypoints if num_keypoints is None else num_keypoints, **changes)
+
+
+def read_weights(weights: str | Path, name: str) -> Checkpoint:
+    """The file that `weights` means for the network `name`; both and the errors as for :func:`create_model`."""
     if name != "auto":
-        entry = model_entry(name)
-    if weights is None:
-        return entry.build(num_keypoints=entry.num_keypoints if num_keypoints is None else num_keypoints, **changes)
+        model_entry(name)
+    return read_checkpoint(resolve_weights(weights, name))
 
-    from fastpose.checkpoints import find_architecture, load_checkpoint, resolve_weights
 
-    path = resolve_weights(weights, name)
-    name, found, options = find_architecture(path, name)
+def create_from(
+    checkpoint: Checkpoint, name: str = "auto", num_keypoints: int | None = None, **changes: object
+) -> nn.Module:
+    """:func:`create_model` for weights that are read already; the network is in eval mode."""
+    name, found, options = find_architecture(checkpoint, name)
     k = found if num_keypoints is None else num_keypoints
     model = model_entry(name).build(num_keypoints=k, **{**options, **changes})
-    load_checkpoint(model, path)
+    fill(model, checkpoint)
     return model.eval()

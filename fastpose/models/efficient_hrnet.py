@@ -34,7 +34,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastpose.layers import check_images
+from fastpose.layers import check_images, check_num_keypoints
 from fastpose.models._registry import Published, register_model
 from fastpose.models.hrnet import stage
 from fastpose.models.hrnet_ae import higher_head
@@ -77,8 +77,7 @@ class EfficientHRNetConfig:
     drop_connect: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
+        check_num_keypoints(self.num_keypoints)
         if self.r > 0:
             raise ValueError(f"r must be 0 or negative, got {self.r}")
         if len(self.modules) != 3 or min(self.modules) < 1:

@@ -9,15 +9,15 @@ No code or weights of this pose network were published, only its size in the HR-
 counted as in `mobilenetv2_pose` 1.684. Without the last 1x1 convolution it would be 5.27 M.
 """
 
-# no `from __future__ import annotations` here: TorchScript must see Final[...] itself, not its text
+# no `from __future__ import annotations` here: TorchScript must see the annotations themselves, not their text
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
-from fastpose.layers import ConvBNAct, GhostModule, SqueezeExcite, check_images
-from fastpose.models._deconv_head import DeconvHead
+from fastpose.layers import ConvBNAct, GhostModule, SqueezeExcite
+from fastpose.models._deconv_head import DeconvPose, DeconvPoseConfig, check_strides
 from fastpose.models._registry import Published, register_model
 
 # One row of Table 1: depthwise kernel, expansion width, output width, squeeze-and-excitation, stride.
@@ -44,24 +44,17 @@ TABLE_1: tuple[Row, ...] = (
 
 
 @dataclass(frozen=True)
-class GhostNetPoseConfig:
-    """Shape: rows of Table 1, width of the last 1x1 convolution, and of the transposed convolutions."""
+class GhostNetPoseConfig(DeconvPoseConfig):
+    """Shape: rows of Table 1, ratio of squeeze-and-excitation; the rest as `DeconvPoseConfig`."""
 
-    num_keypoints: int = 17
     rows: tuple[Row, ...] = TABLE_1
     se_ratio: int = 4
-    last_width: int = 960
-    deconv_width: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
-        if sum(row[4] == 2 for row in self.rows) != 4 or any(row[4] not in (1, 2) for row in self.rows):
-            raise ValueError(f"four rows must have stride 2 and the others 1, got {[row[4] for row in self.rows]}")
+        super().__post_init__()
+        check_strides(self.rows)
         if any(row[1] % 2 != 0 or row[2] % 2 != 0 for row in self.rows):
             raise ValueError("the widths of all rows must be even, since ghost modules make half of each")
-        if min(self.last_width, self.deconv_width) < 1:
-            raise ValueError(f"widths must be positive, got {self.last_width} and {self.deconv_width}")
 
 
 class GhostBottleneck(nn.Module):
@@ -86,28 +79,14 @@ class GhostBottleneck(nn.Module):
         return self.shortcut(x) + self.project(self.se(self.depthwise(self.expand(x))))
 
 
-class GhostNetPose(nn.Module):
+class GhostNetPose(DeconvPose):
     """Images [B, 3, H, W] with H, W multiples of 32 -> heatmaps [B, K, H/4, W/4]."""
 
-    input_multiple: Final[int]
-
     def __init__(self, config: GhostNetPoseConfig) -> None:
-        super().__init__()
-        self.config = config
-        channels = 16
-        self.stem = ConvBNAct(3, channels, 3, 2, act="relu")
-        blocks: list[nn.Module] = []
-        for row in config.rows:
-            blocks.append(GhostBottleneck(channels, row, config.se_ratio))
-            channels = row[2]
-        self.blocks = nn.Sequential(*blocks)
-        self.last = ConvBNAct(channels, config.last_width, act="relu")
-        self.head = DeconvHead(config.last_width, config.num_keypoints, config.deconv_width)
-        self.input_multiple = 32
+        def block(in_channels: int, row: Row) -> nn.Module:
+            return GhostBottleneck(in_channels, row, config.se_ratio)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.input_multiple, "GhostNetPose")
-        return self.head(self.last(self.blocks(self.stem(x))))
+        super().__init__(config, "GhostNetPose", config.rows, block, "relu")
 
 
 @register_model(

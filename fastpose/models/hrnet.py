@@ -24,7 +24,7 @@ from typing import Any, Final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpose.layers import check_images
+from fastpose.layers import check_images, check_num_keypoints
 from fastpose.models._registry import Published, register_model
 
 
@@ -41,8 +41,7 @@ class HRNetConfig:
     stage1_blocks: int = 4
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
+        check_num_keypoints(self.num_keypoints)
         if len(self.widths) != 4:
             raise ValueError(f"widths must have 4 entries, one per branch, got {self.widths}")
         if len(self.modules) != 3 or min(self.modules) < 1:

@@ -47,7 +47,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastpose.layers import ConvBNAct, DepthwiseSeparable, channel_shuffle, check_images
+from fastpose.layers import ConvBNAct, DepthwiseSeparable, channel_shuffle, check_images, check_num_keypoints
 from fastpose.models._registry import Published, register_model
 from fastpose.models.efficient_hrnet import backbone_width, branch_widths, transition
 from fastpose.models.hrnet import stage
@@ -72,8 +72,7 @@ class LightweightHRNetConfig:
     head_blocks: int = 2
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
+        check_num_keypoints(self.num_keypoints)
         if self.r > 0:
             raise ValueError(f"r must be 0 or negative, got {self.r}")
         if self.lite_conv not in LITE_CONVS:

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpose.layers import ConvAct, ConvBNAct, DepthwiseSeparable, channel_shuffle, check_images
+from fastpose.layers import ConvAct, ConvBNAct, DepthwiseSeparable, channel_shuffle, check_images, check_num_keypoints
 from fastpose.models._registry import Published, register_model
 from fastpose.models.hrnet import Exchange
 
@@ -57,8 +57,7 @@ class LiteFrameConfig:
     legacy_fuse: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
+        check_num_keypoints(self.num_keypoints)
         if len(self.widths) != 4:
             raise ValueError(f"widths must have four entries, one per branch, got {self.widths}")
         if any(w < 2 or w % 2 != 0 for w in (*self.widths, self.stem_width)):

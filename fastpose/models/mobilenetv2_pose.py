@@ -19,7 +19,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from fastpose.layers import ConvBNAct, check_images
-from fastpose.models._deconv_head import DeconvHead
+from fastpose.models._deconv_head import DeconvHead, DeconvPoseConfig, check_strides
 from fastpose.models._registry import Published, register_model
 
 # One row of Table 2: expansion factor, output width, number of blocks, stride of the first.
@@ -37,23 +37,17 @@ TABLE_2: tuple[Row, ...] = (
 
 
 @dataclass(frozen=True)
-class MobileNetV2PoseConfig:
-    """Shape: rows of Table 2, width of the last 1x1 convolution, and of the transposed convolutions."""
+class MobileNetV2PoseConfig(DeconvPoseConfig):
+    """Shape: rows of Table 2; the rest as `DeconvPoseConfig`."""
 
-    num_keypoints: int = 17
     rows: tuple[Row, ...] = TABLE_2
     last_width: int = 1280
-    deconv_width: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
+        super().__post_init__()
         if len(self.rows) != 7:
             raise ValueError(f"rows must be the seven of Table 2, got {len(self.rows)}")
-        if sum(row[3] == 2 for row in self.rows) != 4 or any(row[3] not in (1, 2) for row in self.rows):
-            raise ValueError(f"four rows must have stride 2 and the others 1, got {[row[3] for row in self.rows]}")
-        if min(self.last_width, self.deconv_width) < 1:
-            raise ValueError(f"widths must be positive, got {self.last_width} and {self.deconv_width}")
+        check_strides(self.rows)
 
 
 class InvertedResidual(nn.Module):

@@ -17,15 +17,14 @@ original leaves out, and the hidden widths of the squeeze-and-excitations are ex
 of 8. Multiply-accumulates: 1,931,879,008.
 """
 
-# no `from __future__ import annotations` here: TorchScript must see Final[...] itself, not its text
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastpose.layers import ConvBNAct, check_images
-from fastpose.models._deconv_head import DeconvHead
+from fastpose.models._deconv_head import DeconvPose, DeconvPoseConfig, check_strides
 from fastpose.models._registry import Published, register_model
 from fastpose.models.mobileposenet import TABLE_1, InvertedResidual, Row
 
@@ -41,47 +40,25 @@ POSE_ROWS: tuple[Row, ...] = (*TABLE_1[:13], (5, 672, 160, True, "hardswish", 2)
 
 
 @dataclass(frozen=True)
-class MobileNetV3PoseConfig:
-    """Shape: rows (`POSE_ROWS` or `PAPER_ROWS`), ratio of the squeeze-and-excitation, width of the last 1x1 convolution
-    and of the transposed convolutions."""
+class MobileNetV3PoseConfig(DeconvPoseConfig):
+    """Shape: rows (`POSE_ROWS` or `PAPER_ROWS`), ratio of squeeze-and-excitation; the rest as `DeconvPoseConfig`."""
 
-    num_keypoints: int = 17
     rows: tuple[Row, ...] = POSE_ROWS
     se_ratio: int = 4
-    last_width: int = 960
-    deconv_width: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
-        if sum(row[5] == 2 for row in self.rows) != 4 or any(row[5] not in (1, 2) for row in self.rows):
-            raise ValueError(f"four rows must have stride 2 and the others 1, got {[row[5] for row in self.rows]}")
-        if min(self.last_width, self.deconv_width) < 1:
-            raise ValueError(f"widths must be positive, got {self.last_width} and {self.deconv_width}")
+        super().__post_init__()
+        check_strides(self.rows)
 
 
-class MobileNetV3Pose(nn.Module):
+class MobileNetV3Pose(DeconvPose):
     """Images [B, 3, H, W] with H, W multiples of 32 -> heatmaps [B, K, H/4, W/4]."""
 
-    input_multiple: Final[int]
-
     def __init__(self, config: MobileNetV3PoseConfig) -> None:
-        super().__init__()
-        self.config = config
-        channels = 16
-        self.stem = ConvBNAct(3, channels, 3, 2, act="hardswish")
-        blocks: list[nn.Module] = []
-        for row in config.rows:
-            blocks.append(InvertedResidual(channels, row, "expand", config.se_ratio))
-            channels = row[2]
-        self.blocks = nn.Sequential(*blocks)
-        self.last = ConvBNAct(channels, config.last_width, act="hardswish")
-        self.head = DeconvHead(config.last_width, config.num_keypoints, config.deconv_width)
-        self.input_multiple = 32
+        def block(in_channels: int, row: Row) -> nn.Module:
+            return InvertedResidual(in_channels, row, "expand", config.se_ratio)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.input_multiple, "MobileNetV3Pose")
-        return self.head(self.last(self.blocks(self.stem(x))))
+        super().__init__(config, "MobileNetV3Pose", config.rows, block, "hardswish")
 
 
 @register_model(

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from fastpose.layers import ConvBNAct, DWUpsampleBNAct, SqueezeExcite, check_images
+from fastpose.layers import ConvBNAct, DWUpsampleBNAct, SqueezeExcite, check_images, check_num_keypoints
 from fastpose.models._registry import Published, register_model
 
 # One row of Table 1: kernel, expansion width, output width, squeeze-and-excitation, activation, stride.
@@ -65,8 +65,7 @@ class MobilePoseNetConfig:
     upsampling_expansion: int = 320
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
+        check_num_keypoints(self.num_keypoints)
         if self.se_position not in ("output", "expand"):
             raise ValueError(f"se_position must be 'output' or 'expand', got {self.se_position!r}")
         if self.upsampling not in ("lpb", "dense"):

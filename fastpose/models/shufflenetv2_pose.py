@@ -21,31 +21,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpose.layers import ConvBNAct, channel_shuffle, check_images
-from fastpose.models._deconv_head import DeconvHead
+from fastpose.models._deconv_head import DeconvHead, DeconvPoseConfig
 from fastpose.models._registry import Published, register_model
 from fastpose.models.lite_hrnet import naive_block
 
 
 @dataclass(frozen=True)
-class ShuffleNetV2PoseConfig:
-    """Shape: widths of the three stages and of the last 1x1 convolution (Table 5), blocks per stage, width of the
-    transposed convolutions."""
+class ShuffleNetV2PoseConfig(DeconvPoseConfig):
+    """Shape: widths of the three stages and of the last 1x1 convolution (Table 5), blocks per stage; the rest as
+    `DeconvPoseConfig`."""
 
-    num_keypoints: int = 17
     widths: tuple[int, ...] = (116, 232, 464)
     last_width: int = 1024
     blocks: tuple[int, ...] = (4, 8, 4)
-    deconv_width: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
+        super().__post_init__()
         if len(self.widths) != 3 or any(w < 2 or w % 2 != 0 for w in self.widths):
             raise ValueError(f"widths must be three even numbers, one per stage, got {self.widths}")
         if len(self.blocks) != 3 or min(self.blocks) < 1:
             raise ValueError(f"blocks must be three positive numbers, one per stage, got {self.blocks}")
-        if min(self.last_width, self.deconv_width) < 1:
-            raise ValueError(f"widths must be positive, got {self.last_width} and {self.deconv_width}")
 
 
 class StridedUnit(nn.Module):

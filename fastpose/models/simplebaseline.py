@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpose.layers import check_images
+from fastpose.layers import check_images, check_num_keypoints
 from fastpose.models._deconv_head import DeconvHead
 from fastpose.models._registry import Published, register_model
 from fastpose.models.hrnet import Bottleneck
@@ -33,8 +33,7 @@ class SimpleBaselineConfig:
     deconv_width: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
+        check_num_keypoints(self.num_keypoints)
         if len(self.blocks) != 4 or min(self.blocks) < 1:
             raise ValueError(f"blocks must have 4 positive entries, one per ResNet layer, got {self.blocks}")
 
