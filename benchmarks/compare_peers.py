@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 BLOCK = 0.4  # seconds
-MODELS = "mobileposenet,hr_litenet,le_hrnet,lite_csw_hrnet,lite_hrnet_18,lite_hrnet_30,hrnet_w32"
+MODELS = "mobileposenet,hr_litenet,le_hrnet,lightweight_hrnet_448,lite_csw_hrnet,lite_hrnet_18,lite_hrnet_30,hrnet_w32"
 COMPETITORS = ("fastpose", "eager", "jit.freeze", "compile", "onnxruntime", "openvino", "ncnn")
 
 
@@ -53,6 +53,14 @@ def build(name: str) -> Any:
     return fastpose.set_fused(model.eval(), False)
 
 
+def all_of(outputs: Any) -> np.ndarray:
+    """One row of numbers per image, whatever the network returns."""
+    if not isinstance(outputs, (list, tuple)):
+        outputs = [outputs]
+    rows = [np.asarray(o).reshape(len(o), -1) for o in outputs]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows, 1)
+
+
 def make_torch(competitor: str, options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
     import torch
 
@@ -67,7 +75,7 @@ def make_torch(competitor: str, options: argparse.Namespace, x: np.ndarray) -> C
         model = torch.jit.freeze(torch.jit.script(model))
     if competitor == "compile":
         model = torch.compile(model, dynamic=False)
-    return lambda: model(images).numpy()
+    return lambda: all_of(model(images))
 
 
 def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
@@ -77,7 +85,7 @@ def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[],
     settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
     session = onnxruntime.InferenceSession(options.onnx, settings, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda: session.run(None, {name: x})[0]
+    return lambda: all_of(session.run(None, {name: x}))
 
 
 def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
@@ -90,7 +98,7 @@ def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np
     ).create_infer_request()
 
     def latency() -> np.ndarray:
-        return request.infer({0: x})[0]
+        return all_of(list(request.infer({0: x}).values()))
 
     if len(x) == 1:
         return latency
@@ -100,7 +108,7 @@ def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np
     queue, results = openvino.AsyncInferQueue(compiled, options.threads), [None] * len(x)
 
     def keep(job: Any, index: int) -> None:
-        results[index] = job.get_output_tensor().data.copy()
+        results[index] = all_of([t.data.copy() for t in job.outputs])
 
     queue.set_callback(keep)
 
@@ -139,8 +147,8 @@ def make_ncnn(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.nda
         for image in inputs:
             extractor = net.create_extractor()
             extractor.input(net.input_names()[0], image)
-            outputs.append(np.array(extractor.extract(net.output_names()[0])[1]))
-        return np.stack(outputs)
+            outputs.append([np.array(extractor.extract(name)[1]) for name in net.output_names()])
+        return all_of([np.stack(maps) for maps in zip(*outputs, strict=True)])
 
     return run
 
@@ -182,7 +190,7 @@ def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> tupl
     network, x = build(model), np.random.default_rng(0).standard_normal((batch, 3, *size), dtype=np.float32)
     onnx, expected = folder / f"{model}_{batch}.onnx", folder / f"{model}_{batch}.npy"
     with torch.no_grad():
-        np.save(expected, network(torch.from_numpy(x)).numpy())
+        np.save(expected, all_of(network(torch.from_numpy(x))))
     torch.onnx.export(network, (torch.from_numpy(x),), str(onnx), dynamo=True, verbose=False)
     return onnx, expected
 

@@ -208,7 +208,8 @@ class PoseEstimator:
         for i, (_, size) in enumerate(maps):
             of_size.setdefault(size, []).append(i)
         results: dict[int, Poses] = {}
-        step = max(1, self.batch_size // 8)
+        step = max(1, self.batch_size // 8)  # an image has about as many pixels as 8 crops
+        self._optimize_once_it_pays(8 * len(images))
         for size, indices in of_size.items():
             for start in range(0, len(indices), step):
                 part = indices[start : start + step]

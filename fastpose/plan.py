@@ -29,6 +29,7 @@ PAD, PANEL, VERSION = 16, 32, 2
 CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, INTERLEAVE, CHANNEL_STATS = range(12)
 SCALE_PIXELS, COPY, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(12, 19)
 MEAN_OF_ROWS, MEAN_OF_COLUMNS, COORDINATE_MEAN, GROUP_SOFTMAX, GROUP_ATTENTION = range(19, 24)
+DECONV, MAX_POOL, SHUFFLE = range(24, 27)
 ACTIVATIONS = {
     aten.relu.default: 1,
     aten.relu_.default: 1,
@@ -38,6 +39,8 @@ ACTIVATIONS = {
     aten.silu_.default: 3,
     aten.hardsigmoid.default: 4,
     aten.sigmoid.default: 5,
+    aten.hardtanh.default: 6,  # as ReLU6
+    aten.hardtanh_.default: 6,
 }
 REDUCTIONS = {aten.mean.dim: MEAN, aten.amax.default: MAX, aten.sum.dim_IntList: SUM}
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
@@ -74,6 +77,23 @@ class Optimized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.input_multiple, self.name)
         return run_plan(x, self.program, self.weights, self.outputs)[0]
+
+
+class OptimizedPair(Optimized):
+    """The same for networks that return two maps."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        check_images(x, self.input_multiple, self.name)
+        outputs = run_plan(x, self.program, self.weights, self.outputs)
+        return outputs[0], outputs[1]
+
+
+class OptimizedSingle(Optimized):
+    """The same for networks that return a tuple of one map."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        check_images(x, self.input_multiple, self.name)
+        return (run_plan(x, self.program, self.weights, self.outputs)[0],)
 
 
 @dataclass
@@ -182,10 +202,16 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None) -> Optimized
     example = torch.zeros(1, 3, height, width)
     with torch.no_grad():
         returned = reference(example)
+        kind: type[Optimized] = Optimized
         if not isinstance(returned, Tensor):
-            raise NotOptimizable(f"{type(model).__name__} returns a {type(returned).__name__}; one tensor is supported")
+            if not isinstance(returned, tuple) or len(returned) not in (1, 2):
+                kinds = f"{type(returned).__name__} of {len(returned)}"
+                raise NotOptimizable(
+                    f"{type(model).__name__} returns a {kinds}; expected a tensor or a tuple of 1 or 2"
+                )
+            kind = OptimizedPair if len(returned) == 2 else OptimizedSingle
         exported = torch.export.export(reference, (example,))
-    return _Lowering(exported, type(model).__name__, multiple).lower()
+    return kind(*_Lowering(exported, type(model).__name__, multiple).lower())
 
 
 class _Lowering:
@@ -217,7 +243,8 @@ class _Lowering:
         self.program = _Program()
         self.maps: dict[Node, int] = {}
 
-    def lower(self) -> Optimized:
+    def lower(self) -> tuple[Tensor, Tensor, str, int, list[int]]:
+        """The arguments of `Optimized`."""
         program, maps = self.program, self.maps
         inputs = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.tensors]
         if len(inputs) != 1:
@@ -234,7 +261,7 @@ class _Lowering:
         flat = header + [maps[n] for n in results] + program.channels + program.base + program.first
         flat += [v for s in program.steps for v in s]
         sizes = [n for node in results for n in self.size(node, inputs[0])]
-        return Optimized(torch.tensor(flat), torch.cat(program.weights), self.name, self.multiple, sizes)
+        return torch.tensor(flat), torch.cat(program.weights), self.name, self.multiple, sizes
 
     def size(self, node: Node, image: Node) -> list[int]:
         """Channels of an output, and its height and width as a fraction of the image's."""
@@ -288,7 +315,7 @@ class _Lowering:
                     step.other, last = other, add
                     self.claimed.add(add)
         act = self.follower(last, ACTIVATIONS)
-        if act is not None:
+        if act is not None and self.fits(act):
             step.act, last = ACTIVATIONS[act.target], act
             self.claimed.add(act)
         step.out = last
@@ -314,8 +341,9 @@ class _Lowering:
         depthwise = groups > 1 and weight.shape[1] == 1 and weight.shape[0] == groups
         fits = weight.shape[3] == k and dilation == 1 and self.square(node, given["output_padding"]) == 0
         if transposed:
-            op = UPSAMPLE
-            fits = fits and depthwise and (k, stride, padding) == (4, 2, 1)
+            op = UPSAMPLE if depthwise else DECONV
+            fits = fits and (depthwise or groups == 1) and (k, stride, padding) == (4, 2, 1)
+            weight = weight if depthwise else weight.transpose(0, 1)  # [out, in, k, k]
         elif depthwise:
             op = DEPTHWISE
             fits = fits and k in (3, 5, 7) and stride in (1, 2) and padding == k // 2
@@ -484,19 +512,35 @@ class _Lowering:
                 program.step(COPY, held, program.channels[held], out=to, factor=factor)
             at += program.channels[held]
 
-    def shuffle_after(self, node: Node) -> Node | None:
-        """The end of a channel shuffle in two groups of `node`, its only use: view, transpose, reshape."""
+    def shuffle(self, node: Node) -> None:
+        """A channel shuffle: view, transpose, reshape."""
+        x = node.args[0]
+        end = self.shuffle_after(x, node)
+        if end is None:
+            raise NotOptimizable(f"{self.name}: {node.format_node()} is not part of a channel shuffle")
+        groups = int(node.meta["val"].shape[1])
+        if groups == 2 and x not in self.enlarged:
+            half, held = self.channels(x) // 2, self.maps[self.value(x)]
+            parts = [self.program.part(held, first, half) for first in (0, half)]
+            self.maps[end] = self.program.step(INTERLEAVE, parts[0], 2 * half, other=parts[1])
+        else:
+            self.end(_Step(SHUFFLE, node, end, x, kernel=groups))
+
+    def shuffle_after(self, node: Node, view: Node | None = None) -> Node | None:
+        """The end of a channel shuffle of `node`: view, transpose, reshape. Without `view` it must be the only use of
+        `node` and have two groups."""
         b, c, h, w = node.meta["val"].shape
-        view = self.follower(node, VIEWS)
-        swap = self.follower(view, (aten.transpose.int,)) if view is not None else None
+        first = self.follower(node, VIEWS) if view is None else view
+        swap = self.follower(first, (aten.transpose.int,)) if first is not None else None
         back = self.follower(swap, VIEWS) if swap is not None else None
-        if view is None or swap is None or back is None:
+        if first is None or swap is None or back is None:
             return None
-        if list(view.meta["val"].shape) != [b, 2, c // 2, h, w] or sorted(swap.args[1:]) != [1, 2]:
+        groups = int(first.meta["val"].shape[1])
+        if list(first.meta["val"].shape) != [b, groups, c // groups, h, w] or sorted(swap.args[1:]) != [1, 2]:
             return None
-        if list(back.meta["val"].shape) != [b, c, h, w]:
+        if list(back.meta["val"].shape) != [b, c, h, w] or (view is None and groups != 2):
             return None
-        self.claimed |= {view, swap, back}
+        self.claimed |= {first, swap, back}
         return back
 
     def split(self, node: Node) -> None:
@@ -532,6 +576,14 @@ class _Lowering:
         if stride != kernel or any(node.args[3:]) or node.kwargs:
             raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported; expected stride = kernel only")
         self.end(_Step(AVERAGE_POOL, node, node, node.args[0], kernel=kernel))
+
+    def max_pool(self, node: Node) -> None:
+        kernel = self.square(node, node.args[1])
+        stride = self.square(node, node.args[2]) if len(node.args) > 2 and node.args[2] else kernel
+        padding = self.square(node, node.args[3]) if len(node.args) > 3 else 0
+        if len(node.args) > 4 or node.kwargs:
+            raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported; expected no dilation")
+        self.end(_Step(MAX_POOL, node, node, node.args[0], kernel=kernel, stride=stride, padding=padding))
 
     def bilinear(self, node: Node) -> None:
         x, _, corners, factors = node.args
@@ -626,7 +678,12 @@ class _Lowering:
 
     def activation(self, node: Node) -> None:
         """An activation that nothing before it could take in."""
+        if not self.fits(node):
+            raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported; expected bounds 0 and 6")
         self.end(_Step(ACTIVATE, node, node, node.args[0], act=ACTIVATIONS[node.target]))
+
+    def fits(self, activation: Node) -> bool:
+        return ACTIVATIONS[activation.target] != 6 or list(activation.args[1:]) == [0.0, 6.0]
 
     def unchanged(self, node: Node) -> None:
         self.same[node] = node.args[0]
@@ -660,6 +717,9 @@ def _pack(op: int, weight: Tensor) -> Tensor:
     padded[:out] = weight
     if op == BAND:
         return weight.flatten()
+    if op == DECONV:  # of output (2 y + a, 2 x + b): rows 3 - a and 1 - a, and columns alike
+        phases = [weight.flip(2, 3)[:, :, a::2, b::2] for a in (0, 1) for b in (0, 1)]
+        return torch.cat([_pack(CONV, phase) for phase in phases])
     if op != CONV:
         return padded.flatten(1).t()  # [k * k, channels]
     rows = padded.permute(2, 3, 1, 0).flatten(0, 2)  # [k * k * in, out]
@@ -687,6 +747,8 @@ PATTERNS: dict[Any, Callable[[_Lowering, Node], None]] = {
     aten.split_with_sizes.default: _Lowering.split,
     aten.slice.Tensor: _Lowering.slice,
     aten.avg_pool2d.default: _Lowering.average_pool,
+    aten.max_pool2d.default: _Lowering.max_pool,
+    **{target: _Lowering.shuffle for target in VIEWS},
     aten.upsample_bilinear2d.vec: _Lowering.bilinear,
     **{target: _Lowering.multiply for target in MULTIPLICATIONS},
     **{target: _Lowering.add for target in ADDITIONS},

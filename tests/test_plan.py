@@ -151,6 +151,41 @@ def test_halves_shuffles_and_pooling():
     compare(Shuffle(), (1, 3, 24, 24), (3, 3, 4, 8), (1, 3, 8, 4))
 
 
+@pytest.mark.parametrize("channels", [1, 5, 24, 40])
+def test_transposed_dense_convolution(channels):
+    net = nn.Sequential(
+        nn.Conv2d(3, 9, 1), nn.ConvTranspose2d(9, channels, 4, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU6()
+    )
+    compare(net, (1, 3, 24, 24), (2, 3, 1, 1), (1, 3, 1, 13), (1, 3, 5, 2))
+    compare(nn.ConvTranspose2d(3, channels, 4, 2, 1), (2, 3, 5, 14))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (5, 1, 2)])
+def test_max_pooling(kernel, stride, padding):
+    net = nn.Sequential(nn.Conv2d(3, 11, 1), nn.MaxPool2d(kernel, stride, padding))
+    compare(net, (1, 3, 24, 24), (2, 3, 7, 5), (1, 3, 2, 3))
+
+
+@pytest.mark.parametrize("groups", [2, 3, 8])
+def test_channel_shuffle(groups):
+    net = nn.Sequential(nn.Conv2d(3, 24, 1), nn.ChannelShuffle(groups))
+    net[1].forward = lambda x: channel_shuffle(x, groups)
+    compare(net, (1, 3, 24, 24), (2, 3, 3, 5))
+
+
+@pytest.mark.parametrize("name", ["hrnet_w32_ae", "lightweight_hrnet_448"])
+def test_bottom_up_networks(name):
+    """One map in a tuple, and two of different resolutions."""
+    model = build(name, num_keypoints=5)
+    fast, x = optimize(model), torch.randn(3, 3, 64, 96)
+    with torch.inference_mode():
+        expected, got = model.double()(x.double()), fast(x)
+        assert len(got) == len(expected)
+        for g, e in zip(got, expected, strict=True):
+            assert relative(g, e) < 2e-5
+        assert torch.equal(torch.jit.script(fast)(x)[-1], got[-1])
+
+
 class Narrow(nn.Module):
     """Concatenations and slices of widths that fill no vector: each part is written and read among its neighbours."""
 
@@ -278,13 +313,19 @@ def test_nan_stays_nan_and_in_its_image():
     assert got[1].isnan().any() and torch.equal(got[0], clean[0]) and torch.equal(got[2], clean[2])
 
 
+class Split(nn.Module):
+    def forward(self, x):
+        return x.view(x.shape[0], 3, 1, 8, 8).sigmoid()
+
+
 def test_what_is_not_understood_is_named():
-    with pytest.raises(NotOptimizable, match=r"weight \[160, 160, 4, 4\].*transposed is not supported"):
-        optimize(fastpose.create_model("mobileposenet_v2"))
-    with pytest.raises(NotOptimizable, match="HigherHRNet returns a tuple"):
-        optimize(fastpose.create_model("higher_hrnet_w32"))
+    with pytest.raises(NotOptimizable, match="DiteHRNet: aten.flatten.* is not in the table of patterns"):
+        optimize(fastpose.create_model("dite_hrnet_30"))
     for module, message in (
         (nn.Softplus(), "aten.softplus.default giving .* is not in the table of patterns"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Hardtanh()), "hardtanh.*expected bounds 0 and 6"),
+        (Split(), "view.* is not part of a channel shuffle"),
+        (nn.ConvTranspose2d(3, 6, 2, 2), r"convolution with weight .*, transposed is not supported"),
         (nn.Conv2d(3, 6, 3, groups=3), r"convolution with weight \[6, 1, 3, 3\].*is not supported"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2, 1)), "avg_pool2d.*expected stride = kernel only"),
     ):

@@ -111,8 +111,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     std::memcpy(&constant, &bits, sizeof(constant));
     const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],  q[4],    q[5], q[6], q[7],
                      static_cast<PlanAct>(q[8]), q[9], q[10], q[11], constant};
-    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kGroupAttention) && q[8] >= 0 &&
-              q[8] <= static_cast<int64_t>(PlanAct::kSigmoid);
+    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kShuffle) && q[8] >= 0 &&
+              q[8] <= static_cast<int64_t>(PlanAct::kRelu6);
     for (const int64_t m : {s.in, s.other, s.gate}) {
       if (m == -1 && m != s.in) continue;
       ok = ok && valid(m) && readable(m);
@@ -129,6 +129,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     if (s.op == PlanOp::kConv) {
       ok = s.kernel >= 1 && s.kernel <= 31 && s.stride >= 1 && s.stride <= 31 && s.padding >= 0 && s.padding < s.kernel;
       needed = s.kernel * s.kernel * in_channels * out_stride;
+    } else if (s.op == PlanOp::kDeconv) {
+      needed = 16 * in_channels * out_stride;
     } else if (s.op == PlanOp::kInterleave) {
       ok = s.other >= 0 && out_channels == 2 * in_channels;
     } else if (s.op == PlanOp::kChannelStats) {
@@ -146,7 +148,10 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       } else if (s.op == PlanOp::kBand) {
         ok = ok && s.kernel % 2 == 1 && s.kernel >= 1 && s.kernel <= 63;
         needed = s.kernel;
-      } else if (s.op == PlanOp::kGroupSoftmax) {
+      } else if (s.op == PlanOp::kMaxPool) {
+        ok = ok && s.kernel >= 1 && s.kernel <= 64 && s.stride >= 1 && s.stride <= 64 && s.padding >= 0 &&
+             s.padding < s.kernel;
+      } else if (s.op == PlanOp::kGroupSoftmax || s.op == PlanOp::kShuffle) {
         ok = ok && s.kernel >= 1 && s.kernel <= in_channels && in_channels % s.kernel == 0;
       } else if (s.op == PlanOp::kGroupAttention) {
         ok = ok && in_channels % kPad == 0;
@@ -163,7 +168,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     ok = ok && has(s.other, s.op == PlanOp::kInterleave ? in_channels : out_channels);
     const int64_t per_group = s.op == PlanOp::kGroupAttention ? 4 : 0;
     ok = ok && has(s.gate, s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ? 1 : in_channels + per_group);
-    ok = ok && s.other != plan.input && (s.op == PlanOp::kConv || s.in != plan.input);  // whose pixels are not padded
+    ok = ok && s.other != plan.input &&
+         (s.op == PlanOp::kConv || s.op == PlanOp::kDeconv || s.in != plan.input);  // whose pixels are not padded
     const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ||
                        s.op == PlanOp::kCoordinateMean || s.op == PlanOp::kGroupAttention;
     const bool may_be_gated = gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave;
@@ -230,7 +236,7 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     PlanMap& out = l.maps[static_cast<size_t>(s.out)];
     out.height = in.height;
     out.width = in.width;
-    if (s.op == PlanOp::kConv || s.op == PlanOp::kDepthwise) {
+    if (s.op == PlanOp::kConv || s.op == PlanOp::kDepthwise || s.op == PlanOp::kMaxPool) {
       out.height = (in.height + 2 * s.padding - s.kernel) / s.stride + 1;
       out.width = (in.width + 2 * s.padding - s.kernel) / s.stride + 1;
       FASTPOSE_CHECK(in.height + 2 * s.padding >= s.kernel && in.width + 2 * s.padding >= s.kernel,
@@ -249,9 +255,10 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     } else if (s.op == PlanOp::kCopy) {
       out.height = s.factor * in.height;
       out.width = s.factor * in.width;
-    } else if (s.op == PlanOp::kUpsample || s.op == PlanOp::kBilinear) {
+    } else if (s.op == PlanOp::kUpsample || s.op == PlanOp::kBilinear || s.op == PlanOp::kDeconv) {
       out.height = 2 * in.height;
       out.width = 2 * in.width;
+      if (s.op == PlanOp::kDeconv) l.gather = std::max(l.gather, 12 * 4 * in.channels);
     } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
                s.op == PlanOp::kCoordinateMean) {
       out.height = out.width = 1;
@@ -347,7 +354,7 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
     int64_t rows = t.out.pixels(), unit = 12;
     if (s.op == PlanOp::kConv && to_one(t)) unit = t.out.width;
     if (s.op == PlanOp::kDepthwise) rows = t.out.height, unit = 1;
-    if (s.op == PlanOp::kUpsample) rows = t.in.height, unit = 1;
+    if (s.op == PlanOp::kUpsample || s.op == PlanOp::kDeconv) rows = t.in.height, unit = 1;
     if (s.op == PlanOp::kGroupAttention) rows = t.out.height, unit = 1;
     const bool reduces = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
                          s.op == PlanOp::kMeanOfColumns || s.op == PlanOp::kCoordinateMean;

@@ -13,7 +13,7 @@ namespace fastpose {
 constexpr int64_t kPad = 16;    // floats: the widest vector
 constexpr int64_t kPanel = 32;  // output channels per packed panel of a convolution's weights; the last may be 16
 
-enum class PlanAct : int64_t { kNone, kRelu, kHardswish, kSilu, kHardsigmoid, kSigmoid };
+enum class PlanAct : int64_t { kNone, kRelu, kHardswish, kSilu, kHardsigmoid, kSigmoid, kRelu6 };
 
 enum class PlanOp : int64_t {
   kConv,        // dense k x k convolution + bias (+ map `other`) + activation; weights [panel][k * k * in][width]
@@ -44,6 +44,11 @@ enum class PlanOp : int64_t {
   // (+ other)); the gate has one number per channel, then one per group. The filters are in the order that `attend`
   // wants; in place of a bias, how far they reach in each kPad channels: 1 for 3x3, 3 for 7x7
   kGroupAttention,
+  // dense transposed 4x4 convolution, stride 2, padding 1, + bias + activation: for output (2 y + a, 2 x + b) a 2x2
+  // convolution; weights [a][b][panel][2 * 2 * in][width]
+  kDeconv,
+  kMaxPool,  // maximum of kernel x kernel pixels, those outside the map left out
+  kShuffle,  // channels i * (channels / kernel) + j become j * kernel + i
 };
 
 struct PlanStep {

@@ -22,6 +22,10 @@ FASTPOSE_INLINE V apply(V x, PlanAct act) {
       const V y = x * (1.0f / 6) + 0.5f;
       return y < zero ? zero : y > one ? one : y;
     }
+    case PlanAct::kRelu6: {
+      const V six = splat(6.0f);
+      return x < zero ? zero : x > six ? six : x;
+    }
     case PlanAct::kSigmoid: return one / (one + exp(-x));
     default: return x;
   }
@@ -152,8 +156,8 @@ FASTPOSE_INLINE void copy(float* to, const float* from, int64_t n) {
 }
 
 // The k * k input pixels from (y, x) on, one after the other; zeros outside the map.
-FASTPOSE_INLINE void gather(const PlanTask& t, int64_t y, int64_t x, float* to) {
-  const int64_t k = t.step->kernel, channels = t.in.channels, stride = t.in.stride;
+FASTPOSE_INLINE void gather(const PlanTask& t, int64_t k, int64_t y, int64_t x, float* to) {
+  const int64_t channels = t.in.channels, stride = t.in.stride;
   for (int64_t ky = 0; ky < k; ++ky, to += k * channels) {
     const float* row = t.in.data + (y + ky) * t.in.width * stride;
     if (y + ky < 0 || y + ky >= t.in.height) {
@@ -190,9 +194,30 @@ void conv(const PlanTask& t, int64_t tile, float* scratch) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = (first + r) / t.out.width * s.stride - s.padding;
       const int64_t x = (first + r) % t.out.width * s.stride - s.padding;
-      gather(t, y, x, scratch + r * depth);
+      gather(t, s.kernel, y, x, scratch + r * depth);
     }
     conv_rows(scratch, depth, rows, depth, t, first);
+  }
+}
+
+// kDeconv: output (2 y + a, 2 x + b) sees input rows y - 1 + a and y + a, and columns alike. A tile is a band of input
+// rows; the outputs of one phase (a, b) lie two pixels apart.
+void deconv(const PlanTask& t, int64_t tile, float* scratch) {
+  const int64_t begin = tile * t.tile_rows, height = t.in.height, width = t.in.width, depth = 4 * t.in.channels;
+  const int64_t end = begin + t.tile_rows < height ? begin + t.tile_rows : height;
+  PlanTask phase = t;
+  phase.out.stride = 2 * t.out.stride;
+  for (int64_t y = begin; y < end; ++y) {
+    for (int64_t ab = 0; ab < 4; ++ab) {
+      const int64_t a = ab / 2, b = ab % 2;
+      phase.weight = t.weight + ab * depth * pad(t.out.channels);
+      phase.out.data = t.out.data + ((2 * y + a) * t.out.width + b) * t.out.stride;
+      for (int64_t x = 0; x < width; x += kRows) {
+        const int64_t rows = width - x < kRows ? width - x : kRows;
+        for (int64_t r = 0; r < rows; ++r) gather(t, 2, y - 1 + a, x + r - 1 + b, scratch + r * depth);
+        conv_rows(scratch, depth, rows, depth, phase, x);
+      }
+    }
   }
 }
 
@@ -648,6 +673,36 @@ void average_pool(const PlanTask& t, int64_t tile) {
   }
 }
 
+void max_pool(const PlanTask& t, int64_t tile) {
+  const Range range = pixels_of(t, tile);
+  const int64_t k = t.step->kernel, s = t.step->stride, width = t.in.width, height = t.in.height;
+  for (int64_t p = range.begin; p < range.end; ++p) {
+    const int64_t top = p / t.out.width * s - t.step->padding, left = p % t.out.width * s - t.step->padding;
+    float* out = t.out.data + p * t.out.stride;
+    for (int64_t c = 0; c < t.out.channels; c += kL) {
+      V most = splat(-__builtin_inff());
+      for (int64_t y = top < 0 ? 0 : top; y < top + k && y < height; ++y) {
+        for (int64_t x = left < 0 ? 0 : left; x < left + k && x < width; ++x) {
+          most = larger(most, load(t.in.data + (y * width + x) * t.in.stride + c));
+        }
+      }
+      put(out + c, most, t.out.room - c);
+    }
+  }
+}
+
+void shuffle(const PlanTask& t, int64_t tile) {
+  const Range range = pixels_of(t, tile);
+  const int64_t groups = t.step->kernel, size = t.in.channels / groups;
+  for (int64_t p = range.begin; p < range.end; ++p) {
+    const float* in = t.in.data + p * t.in.stride;
+    float* out = t.out.data + p * t.out.stride;
+    for (int64_t j = 0; j < size; ++j) {
+      for (int64_t i = 0; i < groups; ++i) out[j * groups + i] = in[i * size + j];
+    }
+  }
+}
+
 // Where output coordinate `at` lies among `in` inputs if first meets first and last meets last: the input before it and
 // the weight of the one after.
 struct Between {
@@ -747,6 +802,9 @@ struct PlanLevel {
       case PlanOp::kCoordinateMean: return coordinate_mean(t, tile);
       case PlanOp::kGroupSoftmax: return group_softmax(t);
       case PlanOp::kGroupAttention: return group_attention(t, tile, scratch);
+      case PlanOp::kDeconv: return deconv(t, tile, scratch);
+      case PlanOp::kMaxPool: return max_pool(t, tile);
+      case PlanOp::kShuffle: return shuffle(t, tile);
       case PlanOp::kStack: return stack(t);
       case PlanOp::kCopy: return copy_map(t, tile);
       case PlanOp::kInterleave: return interleave(t, tile);
