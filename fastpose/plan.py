@@ -29,7 +29,8 @@ PAD, PANEL, VERSION = 16, 32, 2
 CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, INTERLEAVE, CHANNEL_STATS = range(12)
 SCALE_PIXELS, COPY, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(12, 19)
 MEAN_OF_ROWS, MEAN_OF_COLUMNS, COORDINATE_MEAN, GROUP_SOFTMAX, GROUP_ATTENTION = range(19, 24)
-DECONV, MAX_POOL, SHUFFLE = range(24, 27)
+DECONV, MAX_POOL, WINOGRAD, SHUFFLE = range(24, 28)
+WINOGRAD_LIMIT = 128 * 128  # pairs of channels
 ACTIVATIONS = {
     aten.relu.default: 1,
     aten.relu_.default: 1,
@@ -348,7 +349,7 @@ class _Lowering:
             op = DEPTHWISE
             fits = fits and k in (3, 5, 7) and stride in (1, 2) and padding == k // 2
         else:
-            op = CONV
+            op = WINOGRAD if _suits_winograd(weight, stride, padding) else CONV
             fits = fits and groups == 1
         if not fits:
             raise NotOptimizable(
@@ -368,7 +369,7 @@ class _Lowering:
         gated = self.gated.get(given["input"])
         if gated is not None:
             step.operand, step.gate, step.constant = gated.operand, gated.gate, gated.constant
-        self.finish(step, last, residual=op == CONV)
+        self.finish(step, last, residual=op in (CONV, WINOGRAD))
 
     def square(self, node: Node, value: Any) -> int:
         values = {int(v) for v in value} if isinstance(value, (list, tuple)) else {int(value)}
@@ -710,6 +711,12 @@ class _Lowering:
         )
 
 
+def _suits_winograd(weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether transforms pay: enough channels to outweigh them, and transformed weights that are not too many to read."""
+    out, into, height, width = weight.shape
+    return (height, width, stride, padding) == (3, 3, 1, 1) and min(out, into) >= 16 and out * into <= WINOGRAD_LIMIT
+
+
 def _pack(op: int, weight: Tensor) -> Tensor:
     """Weights in the order the kernels read them, output channels padded with zeros to whole vectors."""
     out = weight.shape[0]
@@ -720,6 +727,13 @@ def _pack(op: int, weight: Tensor) -> Tensor:
     if op == DECONV:  # of output (2 y + a, 2 x + b): rows 3 - a and 1 - a, and columns alike
         phases = [weight.flip(2, 3)[:, :, a::2, b::2] for a in (0, 1) for b in (0, 1)]
         return torch.cat([_pack(CONV, phase) for phase in phases])
+    if op == WINOGRAD:
+        basis = torch.tensor(
+            [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64
+        )
+        basis /= 24
+        squares = torch.einsum("ay,oiyx,bx->aboi", basis, weight, basis).flatten(0, 1)
+        return torch.cat([_pack(CONV, square[:, :, None, None]) for square in squares])
     if op != CONV:
         return padded.flatten(1).t()  # [k * k, channels]
     rows = padded.permute(2, 3, 1, 0).flatten(0, 2)  # [k * k * in, out]

@@ -15,7 +15,7 @@ import fastpose
 from fastpose.layers import CBAM, SpatialAttention, channel_shuffle
 from fastpose.models.le_hrnet import MCAM
 from fastpose.ops import run_plan
-from fastpose.plan import NotOptimizable, Optimized, optimize
+from fastpose.plan import CONV, WINOGRAD, NotOptimizable, Optimized, optimize
 from tests.conftest import needs_kernels
 from tests.test_models import build, relative
 
@@ -24,7 +24,7 @@ pytestmark = needs_kernels
 
 def compare(module: nn.Module, *shapes: tuple[int, ...], size: tuple[int, int] = (24, 24)) -> Optimized:
     """Optimise `module` and compare with it in float64 on random images of the given shapes."""
-    module.input_multiple = 1
+    module.float().input_multiple = 1
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -44,6 +44,12 @@ def compare(module: nn.Module, *shapes: tuple[int, ...], size: tuple[int, int] =
     return fast
 
 
+def steps(fast: Optimized) -> list[list[int]]:
+    """The instructions of a program."""
+    count, outputs, maps = int(fast.program[2]), int(fast.program[4]), int(fast.program[1])
+    return fast.program[5 + outputs + 3 * maps :].view(count, -1).tolist()
+
+
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 16, 17, 24, 25, 33, 40, 64, 72])
 def test_pointwise_convolution(channels):
     """Every way in which channels fill panels, vectors and half vectors."""
@@ -58,6 +64,27 @@ def test_dense_convolution(kernel, stride, padding):
         nn.Conv2d(3, 10, kernel, stride, padding, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 33, 3, 1, 1)
     )
     compare(net, (1, 3, 24, 24), (3, 3, 13, 9), (1, 3, 7, 31))
+
+
+class Block(nn.Module):
+    """HRNet's: 3x3 convolutions wide enough for Winograd's algorithm, one of them with a residual."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, into, 1)
+        self.a, self.b = nn.Conv2d(into, out, 3, 1, 1), nn.Conv2d(out, into, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(into)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return F.relu(self.norm(self.b(F.silu(self.a(x)))) + x)
+
+
+@pytest.mark.parametrize(("into", "out"), [(16, 16), (17, 40), (64, 24)])
+def test_winograd(into, out):
+    block = Block(into, out)
+    assert {step[0] for step in steps(compare(block, (1, 3, 24, 24)))} == {CONV, WINOGRAD}
+    compare(block, (3, 3, 1, 1), (2, 3, 5, 7), (1, 3, 4, 4), (1, 3, 13, 30))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -277,6 +304,7 @@ def test_every_instruction_set(level):
     code += "t.test_transposed_depthwise_convolution(); t.test_additions_gates_and_activations(); "
     code += "t.test_attention_concatenation_and_exchange(); t.test_halves_shuffles_and_pooling(); "
     code += "t.test_convolution_to_one_channel(2, 7, 3); t.test_parts_in_place(); t.test_fusion_by_channel_means(); "
+    code += "t.test_winograd(17, 40); t.test_transposed_dense_convolution(24); t.test_max_pooling(3, 2, 1); "
     code += "[t.test_multi_scale_attention(c) for c in (16, 32, 48)]"
     done = subprocess.run(
         [sys.executable, "-c", code],

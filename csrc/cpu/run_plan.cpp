@@ -129,6 +129,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     if (s.op == PlanOp::kConv) {
       ok = s.kernel >= 1 && s.kernel <= 31 && s.stride >= 1 && s.stride <= 31 && s.padding >= 0 && s.padding < s.kernel;
       needed = s.kernel * s.kernel * in_channels * out_stride;
+    } else if (s.op == PlanOp::kWinograd) {
+      needed = 36 * in_channels * out_stride;
     } else if (s.op == PlanOp::kDeconv) {
       needed = 16 * in_channels * out_stride;
     } else if (s.op == PlanOp::kInterleave) {
@@ -262,6 +264,8 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
                s.op == PlanOp::kCoordinateMean) {
       out.height = out.width = 1;
+    } else if (s.op == PlanOp::kWinograd) {
+      l.gather = std::max(l.gather, winograd_scratch(in.channels, out.channels));
     } else if (s.op == PlanOp::kMeanOfRows) {
       out.width = 1;
     } else if (s.op == PlanOp::kMeanOfColumns) {
@@ -354,6 +358,8 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
     int64_t rows = t.out.pixels(), unit = 12;
     if (s.op == PlanOp::kConv && to_one(t)) unit = t.out.width;
     if (s.op == PlanOp::kDepthwise) rows = t.out.height, unit = 1;
+    // as many rows as the matrix product takes at once; half of them where every thread would not get that many
+    if (s.op == PlanOp::kWinograd) rows = squares(t.out), unit = rows < threads * kSquares ? kSquares / 2 : kSquares;
     if (s.op == PlanOp::kUpsample || s.op == PlanOp::kDeconv) rows = t.in.height, unit = 1;
     if (s.op == PlanOp::kGroupAttention) rows = t.out.height, unit = 1;
     const bool reduces = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||

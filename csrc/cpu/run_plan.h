@@ -47,8 +47,9 @@ enum class PlanOp : int64_t {
   // dense transposed 4x4 convolution, stride 2, padding 1, + bias + activation: for output (2 y + a, 2 x + b) a 2x2
   // convolution; weights [a][b][panel][2 * 2 * in][width]
   kDeconv,
-  kMaxPool,  // maximum of kernel x kernel pixels, those outside the map left out
-  kShuffle,  // channels i * (channels / kernel) + j become j * kernel + i
+  kMaxPool,   // maximum of kernel x kernel pixels, those outside the map left out
+  kWinograd,  // dense 3x3 convolution, stride 1, padding 1, as kConv; weights [36][panel][in][width], see `winograd`
+  kShuffle,   // channels i * (channels / kernel) + j become j * kernel + i
 };
 
 struct PlanStep {
@@ -82,6 +83,14 @@ constexpr int64_t kBandRows = 16;
 inline int64_t group_attention_scratch(const PlanMap& in) {
   const int64_t rows = (in.height < kBandRows ? in.height : kBandRows) + 6;
   return in.channels * (50 + rows * (in.width + 6)) + kPad;
+}
+
+// kWinograd computes squares of 4x4 outputs, so many at a time.
+constexpr int64_t kSquares = 12;
+inline int64_t squares(const PlanMap& out) { return (out.height + 3) / 4 * ((out.width + 3) / 4); }
+inline int64_t winograd_scratch(int64_t in_channels, int64_t out_channels) {
+  const int64_t in = (in_channels + kPad - 1) / kPad * kPad, out = (out_channels + kPad - 1) / kPad * kPad;
+  return 36 * kSquares * (in + out) + out + kPad;
 }
 
 // Whether a convolution to one channel goes over planes instead of pixels.
