@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_predict)
 
     p = commands.add_parser("train", help="train a network")
-    p.add_argument("--config", metavar="FILE", help="recipe: a TOML file, or the name of a shipped one")
+    p.add_argument(
+        "--config", metavar="FILE", help="recipe: a TOML file, the name of a shipped one, or config.json of a run"
+    )
     p.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
@@ -278,14 +281,25 @@ def _train(options: argparse.Namespace) -> int:
             config_path = str(shipped)
     config = read_config(TrainConfig, config_path, options.settings)
     best = train(config, options.resume, options.quiet)
+    if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun one tells
+        return 0
     print(f"best validation {config.metric or usual_metric(config.dataset)}: {best:.1f}")
     print(f"weights: {Path(config.output) / 'best.safetensors'}")
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from fastpose.distributed import choose_device, process_group
+
+    device = choose_device(options.device)
+    with process_group(device):  # one process, or those of torchrun
+        return _evaluate_on(device, options)
+
+
+def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     from fastpose.checkpoints import is_fastpose, resolve_weights
     from fastpose.data import MISSING, UNREADABLE
+    from fastpose.distributed import rank
     from fastpose.evaluate import Evaluation, evaluate, to_text, write_json
     from fastpose.pipeline import PoseEstimator
 
@@ -303,7 +317,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             options.model,
             options.weights,
             detector="none",
-            device=options.device,
+            device=device,
             batch_size=options.batch_size,
             flip_test=False if options.no_flip_test else None,
             skeleton=data.skeleton if others else None,  # others' files do not say
@@ -319,7 +333,12 @@ def _evaluate(options: argparse.Namespace) -> int:
             keypoint_threshold=options.keypoint_threshold,
             evaluator=options.evaluator,
             quiet=options.quiet,
+            share=True,
         )
+    lost = any(kind in result.report.findings for kind in (MISSING, UNREADABLE)) and not options.predictions
+    code = BAD_INPUT if lost else 0
+    if rank() > 0:  # every process has the result, one is enough to tell
+        return code
     print(to_text(result.score))
     if options.results:
         result.write_results(options.results)
@@ -344,8 +363,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         result.write_worst(options.worst, options.worst_count)
     if result.report.wrong:
         print(f"fastpose: in the data:\n{result.report.to_text(wrong_only=True)}", file=sys.stderr)
-    lost = any(kind in result.report.findings for kind in (MISSING, UNREADABLE)) and not options.predictions
-    return BAD_INPUT if lost else 0
+    return code
 
 
 def _validate_data(options: argparse.Namespace) -> int:

@@ -241,6 +241,14 @@ class PoseEstimator:
             raise BoxError(f"the detector returned {len(checked)} boxes and {len(scores)} scores")
         return checked, scores, False
 
+    def prepare(self, crops: int) -> None:
+        """Decide at once whether the network is to be optimised, if so many crops are still to come.
+
+        Otherwise the first crops are estimated by another arithmetic, equal to rounding, than those that follow.
+        """
+        if self._may_optimize and self._crops_until_optimized < crops:
+            self._optimize(required=False)
+
     def _optimize(self, required: bool) -> None:
         self._may_optimize = False
         try:

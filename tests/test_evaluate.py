@@ -33,6 +33,9 @@ class Oracle:
         self.known = {tuple(np.round(box, 1)): points for box, points in zip(data.boxes, data.keypoints, strict=True)}
         self.calls = 0
 
+    def prepare(self, crops):
+        pass
+
     def estimate(self, images, boxes):
         self.calls += 1
         found = []
