@@ -271,7 +271,6 @@ def _train(options: argparse.Namespace) -> int:
     from importlib import resources
 
     from fastpose.config import read_config
-    from fastpose.data import usual_metric
     from fastpose.train import TrainConfig, train
 
     config_path = options.config
@@ -283,7 +282,7 @@ def _train(options: argparse.Namespace) -> int:
     best = train(config, options.resume, options.quiet)
     if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun one tells
         return 0
-    print(f"best validation {config.metric or usual_metric(config.dataset)}: {best:.1f}")
+    print(f"best validation {config.measure}: {best:.1f}")
     print(f"weights: {Path(config.output) / 'best.safetensors'}")
     return 0
 
@@ -300,7 +299,8 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     from fastpose.checkpoints import is_fastpose, resolve_weights
     from fastpose.data import MISSING, UNREADABLE
     from fastpose.distributed import rank
-    from fastpose.evaluate import Evaluation, evaluate, to_text, write_json
+    from fastpose.evaluate import Evaluation, evaluate, to_text
+    from fastpose.files import write_json
     from fastpose.pipeline import PoseEstimator
 
     more: dict[str, Any] = {"metric": options.metric}

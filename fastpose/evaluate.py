@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from fastpose.codecs import AssociativeEmbeddingCodec
 from fastpose.data import UNREADABLE, PoseData, Report, to_results
 from fastpose.data.coco import read_json
 from fastpose.distributed import shared_map
-from fastpose.files import write_atomically
+from fastpose.files import write_json
 from fastpose.geometry import crop_matrix
 from fastpose.images import Array, ImageError, write_image
 from fastpose.pipeline import PoseEstimator
 from fastpose.poses import Poses
-from fastpose.scoring import Score, score_poses, score_results
+from fastpose.scoring import Score, score_found, score_poses, score_results
 from fastpose.sheets import Case, contact_sheet
 
 
@@ -232,9 +231,12 @@ def _estimate_boxes(estimator: PoseEstimator, data: PoseData, batch: list[list[i
 def _evaluate_whole_images(
     estimator: PoseEstimator, data: PoseData, evaluator: str, quiet: bool, share: bool
 ) -> Evaluation:
-    """AP of a bottom-up network: it finds the people itself, in every image, and its scores are taken as they are."""
-    if data.metric != "AP" or data.annotated is None:
-        raise ValueError(f"{estimator.model_name} finds people itself, which is scored by AP only, not {data.metric}")
+    """Score of a bottom-up network: it finds the people itself, in every image; its scores are taken as they are."""
+    if data.annotated is None:
+        raise ValueError(
+            f"{estimator.model_name} finds people itself, which is scored with annotations of everybody only: data in "
+            f"COCO's format, or mosaics of single people"
+        )
     annotated, unreadable = data.annotated, []
     found: list[tuple[int, Poses]] = []
 
@@ -260,8 +262,7 @@ def _evaluate_whole_images(
     scores = np.concatenate([poses.scores for _, poses in found])
     entries = to_results(annotated, index, keypoints, keypoint_scores, scores)
     rest = data.without_images(unreadable)
-    assert rest.annotated is not None
-    score = score_results(rest.annotated, entries, data.skeleton, evaluator)
+    score = score_found(rest, entries, evaluator)
     return Evaluation(score, rest, keypoints, keypoint_scores)
 
 
@@ -270,11 +271,6 @@ def _crop_areas(info: WeightsInfo, convention: str, boxes: Array) -> Array:
     matrices = [crop_matrix(box, info.input_size, info.padding, convention=convention) for box in boxes]
     zooms = np.array([abs(np.linalg.det(m[:, :2])) for m in matrices], np.float64)
     return np.asarray(info.input_size[0] * info.input_size[1] / zooms)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as JSON, atomically."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def _none_for_nan(value: float) -> float | None:

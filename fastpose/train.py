@@ -6,6 +6,7 @@ A run is described by a `TrainConfig` (a recipe file plus overrides) and lives i
 * ``data.json``: how many images and people there are, and what was left out and why;
 * ``log.csv``: one line per validation (step, epoch, size, learning rate, loss, images/s, PCK, PCKh or AP in percent);
 * ``last.pt``: everything needed to go on after a kill (parameters, optimizer, average, step, best result);
+* ``mosaics/``: of a bottom-up network trained on mosaics, those to validate on;
 * ``best.safetensors``, ``final.safetensors``: averaged weights, ready for `create_model(weights=...)`.
 
 The randomness of a sample depends on the seed and the sample's number only, so a resumed run draws the same batches.
@@ -33,9 +34,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastpose.checkpoints import WeightsInfo, load_pretrained, resolve_weights, save_weights
-from fastpose.codecs import HeatmapCodec
-from fastpose.data import PoseData, load_dataset
-from fastpose.data.crops import CropDataset, CropStore, ResumableBatches
+from fastpose.data import PoseData
+from fastpose.data.crops import ResumableBatches
+from fastpose.data.scenes import collate_scenes
 from fastpose.distributed import choose_device, process_group, rank, wait_for_all, world_size
 from fastpose.evaluate import evaluate
 from fastpose.layers import channels_last
@@ -45,6 +46,7 @@ from fastpose.preprocess import normalize
 from fastpose.skeletons import SKELETONS, Skeleton, skeleton_to_dict
 from fastpose.training.optim import Average, Optimizer, Schedule
 from fastpose.training.records import Log, check_config, report_data, save_state, write_config
+from fastpose.training.samples import Store, load_split, make_dataset, open_store, scenes_to_validate
 from fastpose.training.settings import Stage, TrainConfig
 from fastpose.training.sync_norm import synchronize_batch_norm
 
@@ -76,8 +78,9 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
 
-    train_data, val_data = (_load_data(config, split) for split in config.splits)
-    store = CropStore(train_data, config.padding, max(max(s.size) for s in config.stages), config.memory * 2**30)
+    train_data, val_data = (load_split(config, split) for split in config.splits)
+    store = open_store(config, train_data)
+    val_data = scenes_to_validate(config, val_data, output) if config.bottom_up else val_data
     schedule = Schedule(config, len(store))
 
     model = _create_model(config, train_data.skeleton).to(device)
@@ -109,8 +112,8 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
         model.train()
         started, images, losses = time.time(), 0, []
         for batch in loader:
-            crops, *targets = (part.to(device, non_blocking=True) for part in batch)
-            x = normalize(crops).contiguous(memory_format=torch.channels_last)
+            pixels, *targets = (part.to(device, non_blocking=True) for part in batch)
+            x = normalize(pixels).contiguous(memory_format=torch.channels_last)
             with _autocast(config, device):
                 outputs = network(x)
             loss = _loss(config, outputs, targets)
@@ -123,7 +126,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
                 _fail(output, step, batch, "a gradient is not finite")
             average.update(model)
             step += 1
-            images += len(crops) * world_size()
+            images += len(pixels) * world_size()
             losses.append(value)
             progress.update()
             if (step - stage_start) % validate_steps and step < stage_end:
@@ -182,14 +185,6 @@ def _check_output(config: TrainConfig, output: Path, resume: bool) -> None:
     wait_for_all()
 
 
-def _load_data(config: TrainConfig, split: str) -> PoseData:
-    skeleton, metric = config.skeleton or None, config.metric or None
-    data = load_dataset(config.dataset, config.data, split, skeleton=skeleton, limit=config.limit, metric=metric)
-    if len(data) == 0:
-        raise ValueError(f"nobody to estimate in the split {split!r}: {data.report.to_text() or 'it is empty'}")
-    return data
-
-
 def _create_model(config: TrainConfig, skeleton: Skeleton) -> nn.Module:
     k = skeleton.num_keypoints
     model = create_model(config.model, num_keypoints=k, **config.options)
@@ -213,15 +208,14 @@ def _wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Mod
 
 
 def _loader(
-    config: TrainConfig, store: CropStore, stage: Stage, stage_start: int, steps: int, step: int, device: torch.device
+    config: TrainConfig, store: Store, stage: Stage, stage_start: int, steps: int, step: int, device: torch.device
 ) -> DataLoader[Any]:
     """Batches (images, targets of the codec's loss) of this process from `step` to the end of the stage."""
-    assert isinstance(config.codec, HeatmapCodec)
     # the stage's first step enters the seed: otherwise each stage would repeat the augmentation of the one before
     seed = config.seed * 1000003 + stage_start
-    dataset = CropDataset(store, stage.size, config.augment, seed, config.codec.convention)
+    dataset = make_dataset(config, store, stage, seed)
     batches = ResumableBatches(
-        len(dataset),
+        len(store),
         stage.batch_size,
         steps,
         seed,
@@ -235,6 +229,7 @@ def _loader(
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         pin_memory=device.type == "cuda",
+        collate_fn=collate_scenes if config.bottom_up else None,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 
 import fastpose
 from fastpose.data import PoseData
-from fastpose.files import write_atomically
+from fastpose.files import write_atomically, write_json
 from fastpose.training.settings import TrainConfig
 
 # settings that change the speed, not the outcome
@@ -76,7 +76,7 @@ def write_config(config: TrainConfig, device: torch.device, processes: int, path
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("FASTPOSE_", "OMP_"))},
         "versions": {"fastpose": fastpose.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
+    write_json(path, content)
 
 
 def check_config(config: TrainConfig, path: Path) -> None:
@@ -98,7 +98,7 @@ def report_data(path: Path, **parts: PoseData) -> None:
         content[name] = {"images": len(data.image_files()), "people": len(data), "findings": data.report.to_dict()}
         if data.report.wrong:
             print(f"fastpose: in the {name} data:\n{data.report.to_text(wrong_only=True)}", file=sys.stderr)
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(path, content)
 
 
 def save_state(path: Path, **state: Any) -> None:

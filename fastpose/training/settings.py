@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastpose.codecs import AssociativeEmbeddingCodec, Codec, SoftmaxHeatmapCodec
-from fastpose.data import DATASETS, METRICS
+from fastpose.data import DATASETS, METRICS, usual_metric
 from fastpose.data.crops import Augmentation
 from fastpose.models import is_bottom_up, model_entry
 
@@ -95,8 +95,18 @@ class TrainConfig:
     sync_batch_norm: bool = False
     tensorboard: bool = False
 
+    @property
+    def bottom_up(self) -> bool:
+        """Whether the network finds all people of an image itself."""
+        return is_bottom_up(self.model)
+
+    @property
+    def measure(self) -> str:
+        """What weights are chosen by, one of `fastpose.data.METRICS`."""
+        return self.metric or ("AP" if self.mosaic else usual_metric(self.dataset))
+
     def __post_init__(self) -> None:
-        bottom_up = is_bottom_up(self.model)
+        bottom_up = self.bottom_up
         if self.codec is None:
             codec = AssociativeEmbeddingCodec() if bottom_up else SoftmaxHeatmapCodec()
             object.__setattr__(self, "codec", codec)
@@ -107,6 +117,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.metric not in ("", *METRICS):
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        if bottom_up and self.metric == "PCKh@0.5":
+            raise ValueError("a bottom-up network can be validated by AP or PCK@0.2, not by PCKh@0.5")
         if bottom_up != isinstance(self.codec, AssociativeEmbeddingCodec):
             kind = "bottom-up" if bottom_up else "top-down"
             assert self.codec is not None
