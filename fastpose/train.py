@@ -79,7 +79,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
     torch.manual_seed(config.seed)
 
     train_data, val_data = (load_split(config, split) for split in config.splits)
-    store = open_store(config, train_data)
+    store = open_store(config, train_data, quiet or not first)
     val_data = scenes_to_validate(config, val_data, output) if config.bottom_up else val_data
     schedule = Schedule(config, len(store))
 

@@ -229,6 +229,13 @@ def final(folder: Path) -> dict:
     return load_file(folder / "final.safetensors")
 
 
+def test_workers_change_nothing(lspet, tmp_path):
+    augment = Augmentation(any_rotation=0.2, rotation_sd=20, half_body=0.3, brightness=20, grey=0.2, erase=0.5)
+    for workers in (0, 2):
+        train(short(lspet, tmp_path / str(workers), workers=workers, augment=augment), quiet=True)
+    same_run(tmp_path / "0", tmp_path / "2")
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_reduced_precision_comes_close(lspet, tmp_path, precision):
     """A few steps of SGD: Adam's first steps have the sign of a gradient, however small it is."""

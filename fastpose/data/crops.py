@@ -113,14 +113,14 @@ class DecodedStore(ABC, Generic[T]):
     """Decoded parts of a data set, kept in memory up to `memory` bytes; the others are read from their files each time.
 
     An image that cannot be read is replaced by a black one without labels: it is reported in `data.report`, and if that
-    happens later, on stderr.
+    happens later, on stderr. `quiet`: no progress bar while the first ones are read.
     """
 
-    def __init__(self, data: PoseData, count: int, memory: float) -> None:
+    def __init__(self, data: PoseData, count: int, memory: float, quiet: bool) -> None:
         self.data = data
         self.kept: list[T | None] = [None] * count
         self.unreadable: set[Path] = set()
-        for i in range(count):
+        for i in tqdm(range(count), desc="reading", unit="image", disable=quiet):
             if memory <= 0:
                 break
             item = self.kept[i] = self.get(i, announce=False)
@@ -166,10 +166,10 @@ class CropStore(DecodedStore[_Person]):
 
     REACH = 2.2
 
-    def __init__(self, data: PoseData, padding: float, side: int, memory: float = math.inf) -> None:
+    def __init__(self, data: PoseData, padding: float, side: int, memory: float = math.inf, quiet: bool = True) -> None:
         self.padding = padding
         self.side = side
-        super().__init__(data, len(data), memory)
+        super().__init__(data, len(data), memory, quiet)
 
     def _file(self, i: int) -> Path:
         return self.data.images[i]

@@ -55,7 +55,7 @@ class SceneStore(DecodedStore[Scene]):
         ValueError: nobody has a labelled keypoint.
     """
 
-    def __init__(self, data: PoseData, side: int, memory: float = math.inf) -> None:
+    def __init__(self, data: PoseData, side: int, memory: float = math.inf, quiet: bool = True) -> None:
         self.side = side
         self.rows: dict[Path, list[int]] = {}
         for i, path in enumerate(data.images):
@@ -64,7 +64,7 @@ class SceneStore(DecodedStore[Scene]):
         self.files = list(self.rows)
         if not self.files:
             raise ValueError("nobody in the data set has a labelled keypoint")
-        super().__init__(data, len(self.files), memory)
+        super().__init__(data, len(self.files), memory, quiet)
 
     @property
     def skeleton(self) -> Skeleton:

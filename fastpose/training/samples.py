@@ -27,12 +27,12 @@ def load_split(config: TrainConfig, split: str) -> PoseData:
     return data
 
 
-def open_store(config: TrainConfig, data: PoseData) -> Store:
+def open_store(config: TrainConfig, data: PoseData, quiet: bool = True) -> Store:
     """The decoded people of `data`, or for a bottom-up network without mosaics its decoded images."""
     memory = config.memory * 2**30
     if config.bottom_up and not config.mosaic:
-        return SceneStore(data, max(min(s.size) for s in config.stages), memory)
-    return CropStore(data, config.padding, max(max(s.size) for s in config.stages), memory)
+        return SceneStore(data, max(min(s.size) for s in config.stages), memory, quiet)
+    return CropStore(data, config.padding, max(max(s.size) for s in config.stages), memory, quiet)
 
 
 def make_dataset(config: TrainConfig, store: Store, stage: Stage, seed: int) -> Dataset[Any]:
