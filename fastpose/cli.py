@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -68,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_predict)
 
     p = commands.add_parser("train", help="train a network")
-    p.add_argument("--config", metavar="FILE", help="recipe: a TOML file, or the name of a shipped one")
+    p.add_argument(
+        "--config", metavar="FILE", help="recipe: a TOML file, the name of a shipped one, or config.json of a run"
+    )
     p.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
@@ -283,7 +286,6 @@ def _train(options: argparse.Namespace) -> int:
     from importlib import resources
 
     from fastpose.config import read_config
-    from fastpose.data import usual_metric
     from fastpose.train import TrainConfig, train
 
     config_path = options.config
@@ -293,14 +295,25 @@ def _train(options: argparse.Namespace) -> int:
             config_path = str(shipped)
     config = read_config(TrainConfig, config_path, options.settings)
     best = train(config, options.resume, options.quiet)
-    print(f"best validation {config.metric or usual_metric(config.dataset)}: {best:.1f}")
+    if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun one tells
+        return 0
+    print(f"best validation {config.measure}: {best:.1f}")
     print(f"weights: {Path(config.output) / 'best.safetensors'}")
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from fastpose.distributed import choose_device, process_group
+
+    device = choose_device(options.device)
+    with process_group(device):  # one process, or those of torchrun
+        return _evaluate_on(device, options)
+
+
+def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     from fastpose.checkpoints import is_fastpose, resolve_weights
     from fastpose.data import MISSING, UNREADABLE
+    from fastpose.distributed import rank
     from fastpose.evaluate import Evaluation, evaluate, to_text
     from fastpose.files import write_json
     from fastpose.pipeline import PoseEstimator
@@ -319,7 +332,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             options.model,
             options.weights,
             detector="none",
-            device=options.device,
+            device=device,
             batch_size=options.batch_size,
             flip_test=False if options.no_flip_test else None,
             skeleton=data.skeleton if others else None,  # others' files do not say
@@ -335,7 +348,12 @@ def _evaluate(options: argparse.Namespace) -> int:
             keypoint_threshold=options.keypoint_threshold,
             evaluator=options.evaluator,
             quiet=options.quiet,
+            share=True,
         )
+    lost = any(kind in result.report.findings for kind in (MISSING, UNREADABLE)) and not options.predictions
+    code = BAD_INPUT if lost else 0
+    if rank() > 0:  # every process has the result, one is enough to tell
+        return code
     print(to_text(result.score))
     if options.results:
         result.write_results(options.results)
@@ -346,8 +364,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         result.write_worst(options.worst, options.worst_count)
     if result.report.wrong:
         print(f"fastpose: in the data:\n{result.report.to_text(wrong_only=True)}", file=sys.stderr)
-    lost = any(kind in result.report.findings for kind in (MISSING, UNREADABLE)) and not options.predictions
-    return BAD_INPUT if lost else 0
+    return code
 
 
 def _validate_data(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import sys
 import types
 import typing
@@ -19,10 +20,13 @@ T = TypeVar("T")
 
 
 def read_config(cls: type[T], path: str | Path | None, overrides: list[str]) -> T:
-    """Build the dataclass `cls` from a TOML file (optional) and overrides such as ``lr=1e-3`` or ``augment.mirror=0``.
+    """Build the dataclass `cls` from a file (optional) and overrides such as ``lr=1e-3`` or ``augment.mirror=0``.
+
+    Args:
+        path: TOML, or the ``config.json`` of a run.
 
     Raises:
-        ValueError: malformed TOML, an unknown key (the nearest known one is named) or a value of the wrong type.
+        ValueError: malformed TOML or JSON, an unknown key (the nearest known one is named), a value of the wrong type.
         FileNotFoundError: `path` does not exist.
     """
     values: dict[str, Any] = {}
@@ -30,10 +34,7 @@ def read_config(cls: type[T], path: str | Path | None, overrides: list[str]) -> 
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"configuration file {path} does not exist")
-        try:
-            values = tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"configuration file {path} is not valid TOML: {error}") from None
+        values = _read_json(path) if path.suffix == ".json" else _read_toml(path)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -49,6 +50,23 @@ def read_config(cls: type[T], path: str | Path | None, overrides: list[str]) -> 
         except tomllib.TOMLDecodeError:
             target[last] = text
     return from_dict(cls, values, "")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration file {path} is not valid TOML: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"configuration file {path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ValueError(f"configuration file {path} has no 'config'; expected the config.json of a run")
+    return dict(content["config"])
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:

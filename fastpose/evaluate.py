@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from fastpose.checkpoints import WeightsInfo
 from fastpose.codecs import AssociativeEmbeddingCodec
 from fastpose.data import UNREADABLE, PoseData, Report, to_results
 from fastpose.data.coco import read_json
+from fastpose.distributed import shared_map
 from fastpose.files import write_json
 from fastpose.geometry import crop_matrix
 from fastpose.images import Array, ImageError, write_image
 from fastpose.pipeline import PoseEstimator
 from fastpose.poses import Poses
-from fastpose.scoring import Score, score_poses, score_results
+from fastpose.scoring import Score, score_found, score_poses, score_results
 from fastpose.sheets import Case, contact_sheet
 
 
@@ -121,11 +121,16 @@ def evaluate(
     keypoint_threshold: float = 0.2,
     evaluator: str = "fastpose",
     quiet: bool = True,
+    share: bool = False,
 ) -> Evaluation:
     """Estimate everybody in `data` and score the poses by its metric. Bottom-up networks find the people themselves.
 
     Images that cannot be read, and boxes outside their image, are reported and left out. The arguments from `nms` on
     are those of `fastpose.scoring.score_poses` and matter for AP of top-down networks only (`evaluator`: of all).
+
+    Args:
+        share: share the images among the processes of `torch.distributed`. Every process must make the same call; each
+            gets the whole result, the same as one process alone would.
 
     Raises:
         ValueError: the estimator has other keypoints than the data, or nothing is left to evaluate.
@@ -134,8 +139,22 @@ def evaluate(
         raise ValueError(f"the weights have skeleton {estimator.skeleton.name!r}, the data set {data.skeleton.name!r}")
     codec = estimator.info.codec
     if isinstance(codec, AssociativeEmbeddingCodec):
-        return _evaluate_whole_images(estimator, data, evaluator, quiet)
-    keypoints, scores, done, unreadable = _estimate_boxes(estimator, data, quiet)
+        return _evaluate_whole_images(estimator, data, evaluator, quiet, share)
+    n, k = len(data), data.skeleton.num_keypoints
+    keypoints, scores = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
+    done, unreadable = np.zeros(n, bool), []
+    estimator.prepare(n)
+    # network and batches must not depend on who does the work: sums of floats are rounded by the size of the batch
+    batches = _batches(data, estimator.batch_size)
+    for part in shared_map(
+        lambda b: _estimate_boxes(estimator, data, b), batches, share=share, unit="batch", quiet=quiet
+    ):
+        for kind, text in part.findings:
+            data.report.add(kind, text)
+        unreadable += part.unreadable
+        if part.rows:
+            keypoints[part.rows], scores[part.rows], done[part.rows] = part.keypoints, part.scores, True
+
     rows = np.flatnonzero(done)
     rest = data.take(rows).without_images(unreadable)
     if len(rest.image_files()) == 0 or (len(rest) == 0 and rest.metric != "AP"):
@@ -153,57 +172,88 @@ def evaluate(
     return Evaluation(score, rest, keypoints[rows], scores[rows])
 
 
-def _estimate_boxes(estimator: PoseEstimator, data: PoseData, quiet: bool) -> tuple[Array, Array, Array, list[Path]]:
-    """Keypoints [N, K, 2] and scores [N, K] of the boxes of `data`, bool [N] for which of them there are any, and the
-    images that could not be read. Several images wait until their boxes fill a batch."""
-    n, k = len(data), data.skeleton.num_keypoints
-    keypoints, scores = np.zeros((n, k, 2), np.float32), np.zeros((n, k), np.float32)
-    done, unreadable = np.zeros(n, bool), []
-    order: dict[Path, list[int]] = {}
+@dataclass
+class _Part:
+    """What came of some images: people of `PoseData` by row (top-down), or found ones, and what went wrong."""
+
+    rows: list[int] = field(default_factory=list)
+    keypoints: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    scores: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    unreadable: list[Path] = field(default_factory=list)
+    findings: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _batches(data: PoseData, size: int) -> list[list[list[int]]]:
+    """The people of `data` by image, and consecutive images together until they have at least `size` people."""
+    by_image: dict[Path, list[int]] = {}
     for i, path in enumerate(data.images):
-        order.setdefault(path, []).append(i)
-    waiting: list[tuple[Array, list[int]]] = []
+        by_image.setdefault(path, []).append(i)
+    batches: list[list[list[int]]] = []
+    room = 0
+    for rows in by_image.values():
+        if room <= 0:
+            batches.append([])
+            room = size
+        batches[-1].append(rows)
+        room -= len(rows)
+    return batches
 
-    def run() -> None:
-        found = estimator.estimate([image for image, _ in waiting], [data.boxes[rows] for _, rows in waiting])
-        for (_, rows), poses in zip(waiting, found, strict=True):
-            keypoints[rows], scores[rows], done[rows] = poses.keypoints, poses.keypoint_scores, True
-        waiting.clear()
 
-    for path, rows in tqdm(order.items(), unit="image", disable=quiet):
+def _estimate_boxes(estimator: PoseEstimator, data: PoseData, batch: list[list[int]]) -> _Part:
+    """Poses in the boxes of a batch, the people's rows by image."""
+    part, images, boxes = _Part(), [], []
+    for rows in batch:
+        path = data.images[rows[0]]
         try:
             image = data.read(rows[0])
         except ImageError as error:
-            data.report.add(UNREADABLE, error)
-            unreadable.append(path)
+            part.findings.append((UNREADABLE, str(error)))
+            part.unreadable.append(path)
             continue
         height, width = image.shape[:2]
         x1, y1, x2, y2 = data.boxes[rows].T
         usable = (x2 > x1) & (y2 > y1) & (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0)
         usable &= np.isfinite(data.boxes[rows]).all(1)
         for row in np.array(rows)[~usable]:
-            data.report.add("box outside the image (not estimated)", f"{path.name}: {data.boxes[row].tolist()}")
+            text = f"{path.name}: {data.boxes[row].tolist()}"
+            part.findings.append(("box outside the image (not estimated)", text))
         if usable.any():
-            waiting.append((image, [row for row, good in zip(rows, usable, strict=True) if good]))
-        if sum(len(r) for _, r in waiting) >= estimator.batch_size:
-            run()
-    if waiting:
-        run()
-    return keypoints, scores, done, unreadable
+            images.append(image)
+            boxes.append(data.boxes[np.array(rows)[usable]])
+            part.rows += np.array(rows)[usable].tolist()
+    if images:
+        found = estimator.estimate(images, boxes)
+        part.keypoints = np.concatenate([poses.keypoints for poses in found])
+        part.scores = np.concatenate([poses.keypoint_scores for poses in found])
+    return part
 
 
-def _evaluate_whole_images(estimator: PoseEstimator, data: PoseData, evaluator: str, quiet: bool) -> Evaluation:
-    """AP of a bottom-up network: it finds the people itself, in every image, and its scores are taken as they are."""
-    if data.metric != "AP" or data.annotated is None:
-        raise ValueError(f"{estimator.model_name} finds people itself, which is scored by AP only, not {data.metric}")
+def _evaluate_whole_images(
+    estimator: PoseEstimator, data: PoseData, evaluator: str, quiet: bool, share: bool
+) -> Evaluation:
+    """Score of a bottom-up network: it finds the people itself, in every image; its scores are taken as they are."""
+    if data.annotated is None:
+        raise ValueError(
+            f"{estimator.model_name} finds people itself, which is scored with annotations of everybody only: data in "
+            f"COCO's format, or mosaics of single people"
+        )
     annotated, unreadable = data.annotated, []
     found: list[tuple[int, Poses]] = []
-    for i, path in enumerate(tqdm(annotated.files, unit="image", disable=quiet)):
+
+    def estimate(i: int) -> Poses | ImageError:
         try:
-            found.append((i, estimator.estimate([annotated.read(i)], [None])[0]))
+            image = annotated.read(i)
         except ImageError as error:
-            data.report.add(UNREADABLE, error)
-            unreadable.append(path)
+            return error
+        return estimator.estimate([image], [None])[0]
+
+    results = shared_map(estimate, range(len(annotated)), share=share, unit="image", quiet=quiet)
+    for i, result in enumerate(results):
+        if isinstance(result, Poses):
+            found.append((i, result))
+        else:
+            data.report.add(UNREADABLE, result)
+            unreadable.append(annotated.files[i])
     if not found:
         raise ValueError(f"nothing is left to evaluate: {data.report.to_text() or 'the data set is empty'}")
     index = np.repeat([i for i, _ in found], [len(poses) for _, poses in found])
@@ -212,8 +262,7 @@ def _evaluate_whole_images(estimator: PoseEstimator, data: PoseData, evaluator: 
     scores = np.concatenate([poses.scores for _, poses in found])
     entries = to_results(annotated, index, keypoints, keypoint_scores, scores)
     rest = data.without_images(unreadable)
-    assert rest.annotated is not None
-    score = score_results(rest.annotated, entries, data.skeleton, evaluator)
+    score = score_found(rest, entries, evaluator)
     return Evaluation(score, rest, keypoints, keypoint_scores)
 
 

@@ -243,13 +243,20 @@ class PoseEstimator:
             raise BoxError(f"the detector returned {len(checked)} boxes and {len(scores)} scores")
         return checked, scores, False
 
-    def _optimize_once_it_pays(self, crops: int) -> None:
-        """Count `crops`; when enough have come, optimise the network if that is possible, and not again."""
-        self._crops_until_optimized -= crops
-        if self._crops_until_optimized < 0:
+    def prepare(self, crops: int) -> None:
+        """Optimise the network now if that pays for so many crops still to come, as far as it is possible.
+
+        Otherwise the first crops are estimated by another arithmetic, equal to rounding, than those that follow.
+        """
+        if self._crops_until_optimized < crops:
             self._crops_until_optimized = math.inf
             with contextlib.suppress(NotOptimizable):
                 self.model = fastpose_optimize(self.model, self.info.input_size)
+
+    def _optimize_once_it_pays(self, crops: int) -> None:
+        """Count `crops` that have come."""
+        self.prepare(crops)
+        self._crops_until_optimized -= crops
 
     def _keypoints(self, images: list[Array], boxes: Array, index: Array) -> tuple[Array, Array]:
         k, size = self.skeleton.num_keypoints, self.info.input_size

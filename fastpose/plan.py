@@ -712,7 +712,7 @@ class _Lowering:
 
 
 def _suits_winograd(weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether transforms pay: enough channels to outweigh them, and transformed weights that are not too many to read."""
+    """Whether the transforms pay: there are enough channels to outweigh them, and not too many weights to read."""
     out, into, height, width = weight.shape
     return (height, width, stride, padding) == (3, 3, 1, 1) and min(out, into) >= 16 and out * into <= WINOGRAD_LIMIT
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from fastpose.average_precision import (
+    KeypointTruth,
     average_precision,
     average_precision_pycocotools,
     best_matches,
 )
 from fastpose.data.base import AnnotatedImages, Array, PoseData, Report
-from fastpose.data.coco import from_results, to_results
+from fastpose.data.coco import AREA_SHARE, from_results, to_results
 from fastpose.metrics import pck, pckh, relative_distances, torso_lengths
 from fastpose.ops import oks_nms, rescore
 from fastpose.skeletons import Skeleton
@@ -138,6 +139,38 @@ def score_results(
     )
 
 
+def score_found(data: PoseData, entries: list[Any], evaluator: str = "fastpose") -> Score:
+    """Score results in COCO's format of a method that found the people itself, by the metric of `data`.
+
+    For metrics of distance every person is compared with the found pose of the greatest OKS, and has no correct
+    keypoint if there is none on the image; poses too many do not count.
+
+    Raises:
+        ValueError: `data` is not in COCO's format, or has no reference length for its metric.
+    """
+    if data.annotated is None or data.image_index is None:
+        raise ValueError("found people are scored with annotations in COCO's format only")
+    if data.metric == "AP":
+        return score_results(data.annotated, entries, data.skeleton, evaluator)
+    sides = (data.boxes[:, 2:] - data.boxes[:, :2]).astype(np.float64)
+    nobody = np.zeros(len(data), bool)
+    people = KeypointTruth(
+        data.annotated.people.image_ids,
+        data.image_index,
+        data.keypoints.astype(np.float64),
+        data.labelled,
+        AREA_SHARE * sides.prod(1),
+        np.concatenate([data.boxes[:, :2], sides], axis=1),
+        nobody,
+        nobody,
+    )
+    results = from_results(entries, data.annotated)
+    _, match = best_matches(people, results, data.skeleton.sigmas)
+    matched = np.full(people.keypoints.shape, np.nan)
+    matched[match >= 0] = results.keypoints[match[match >= 0]]
+    return _score_by_distance(data, matched)
+
+
 def _similarities(annotated: AnnotatedImages, matched: Array, sigmas: Sequence[float]) -> Array:
     """Of every keypoint to that of the matched pose [M, K, 2], as in OKS: [M, K]; 0 without a match."""
     truth = annotated.people
@@ -171,6 +204,7 @@ def _score_by_distance(data: PoseData, keypoints: Array) -> Score:
     measured = np.nan_to_num(lengths) > 0
     seen = data.labelled & measured[:, None]
     away = np.where(seen, relative_distances(keypoints, data.keypoints, lengths) / fraction, 0.0)
+    away = np.nan_to_num(away, nan=np.inf)  # nothing was found
     # 1 is perfect, 0.5 on average at the limit: finer than counting correct keypoints
     with np.errstate(invalid="ignore"):
         quality = np.where(seen, 1 / (1 + away), 0).sum(1) / seen.sum(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -32,6 +33,9 @@ class Oracle:
         self.error = error
         self.known = {tuple(np.round(box, 1)): points for box, points in zip(data.boxes, data.keypoints, strict=True)}
         self.calls = 0
+
+    def prepare(self, crops):
+        pass
 
     def estimate(self, images, boxes):
         self.calls += 1
@@ -266,5 +270,9 @@ def test_bottom_up(tmp_path):
     assert result.data.annotated.ids == (10, 20, 30, 40, 60)
     assert result.report.findings["image cannot be read"].count == 1
     result.worst(2)
-    with pytest.raises(ValueError, match="finder finds people itself, which is scored by AP only, not PCK@0.2"):
-        evaluate(finder, load_dataset("coco", tmp_path, "val", metric="PCK@0.2"))
+    finder.calls = 0
+    by_distance = evaluate(finder, load_dataset("coco", tmp_path, "val", metric="PCK@0.2"))
+    assert by_distance.score.value == 100 and by_distance.score.metric == "PCK@0.2"
+    single = replace(data, annotated=None, image_index=None, metric="PCK@0.2")
+    with pytest.raises(ValueError, match="finder finds people itself, which is scored with annotations of everybody"):
+        evaluate(finder, single)

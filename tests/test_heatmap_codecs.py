@@ -254,7 +254,7 @@ def test_codecs_in_settings(tmp_path):
     assert read("codec.type=msra", "codec.hardest=8") == MSRAHeatmapCodec(hardest=8)
     assert read("codec.type=udp", "codec.kernel=7", "codec.sigma=1") == UDPHeatmapCodec(sigma=1.0, kernel=7)
     for setting, message in (
-        ("codec.type=simcc", "'codec.type' must be one of softmax, msra, dark, udp, got 'simcc'"),
+        ("codec.type=simcc", "'codec.type' must be one of softmax, msra, dark, udp, associative, got 'simcc'"),
         ("codec.kernel=3", "unknown setting 'codec.kernel'"),
         ("codec=msra", "'codec' must be"),
     ):

@@ -102,7 +102,7 @@ def test_training_goes_on_without_images_that_break(mice, tmp_path, capsys):
 def test_people_beyond_the_memory_are_read_again(mice):
     data = load_dataset("custom", mice, "train")
     whole, part, none = (CropStore(data, 1.25, 64, memory) for memory in (float("inf"), 50_000, 0))
-    held = [sum(p is not None for p in store.people) for store in (whole, part, none)]
+    held = [sum(p is not None for p in store.kept) for store in (whole, part, none)]
     assert held[0] == len(data) > held[1] > held[2] == 0
     for i in range(len(data)):
         samples = [CropDataset(store, (64, 64))[i] for store in (whole, part, none)]
@@ -123,7 +123,7 @@ def test_wrong_settings(mice, tmp_path):
         ("metric=PCK@0.2", "needs shoulders and hips"),
         ("skeleton=coco17", "skeleton 'coco17' has 17 keypoints"),
         ('splits=["train"]', "setting 'splits' must be"),
-        ("stages=[{size=[32,32],epochs=1,batch_size=9}]", "the data set has 7 people, fewer than one batch of 9"),
+        ("stages=[{size=[32,32],epochs=1,batch_size=9}]", "the data set has 7 samples, fewer than one batch of 9"),
         ("init=nowhere.safetensors", "weights 'nowhere.safetensors': no such file"),
     ):
         done = _stderr([*base, "stages=[{size=[32,32],epochs=1,batch_size=4}]", setting])

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fastpose
+from fastpose import create_model
 from fastpose.checkpoints import read_info
 from fastpose.codecs import SoftmaxHeatmapCodec, UDPHeatmapCodec
 from fastpose.config import read_config
@@ -18,7 +29,7 @@ from fastpose.data.base import boxes_of_keypoints
 from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches, half_body_box
 from fastpose.metrics import pck, torso_lengths
 from fastpose.skeletons import LSP14
-from fastpose.train import Schedule, Stage, TrainConfig, train
+from fastpose.train import Optimizer, Schedule, Stage, TrainConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -129,34 +140,205 @@ def test_it_learns_and_writes_usable_weights(lspet, tmp_path, optimizer, codec, 
         train(config(lspet, tmp_path / "run"), quiet=True)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_resumes_exactly(lspet, tmp_path, optimizer, monkeypatch):
-    whole = config(lspet, tmp_path / "whole", optimizer=optimizer)
+def command(settings: TrainConfig, path: Path, *options: str) -> list[str]:
+    """Write the settings to `path` and return the command that trains with them."""
+    path.write_text(json.dumps({"config": asdict(settings)}))
+    return [sys.executable, "-m", "fastpose", "train", "--quiet", f"--config={path}", *options]
+
+
+def same_run(a: Path, b: Path) -> None:
+    one, two = (torch.load(folder / "last.pt", weights_only=True) for folder in (a, b))
+    assert flat(one).keys() == flat(two).keys()
+    for key, value in flat(one).items():
+        assert torch.equal(value, flat(two)[key]) if torch.is_tensor(value) else value == flat(two)[key], key
+    for name in ("best.safetensors", "final.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    lines = [list(csv.DictReader((folder / "log.csv").read_text().splitlines())) for folder in (a, b)]
+    timeless = [[{k: v for k, v in row.items() if k not in ("time", "images_per_s")} for row in f] for f in lines]
+    assert timeless[0] == timeless[1]
+
+
+def flat(state, prefix="") -> dict:
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else None
+    if items is None:
+        return {prefix: state}
+    return {k: v for name, part in items for k, v in flat(part, f"{prefix}/{name}").items()}
+
+
+def test_a_killed_run_resumes_exactly(lspet, tmp_path):
+    """kill -9 wherever the run happens to be, more than once; what is left over goes on as if nothing had been."""
+    whole, part = (config(lspet, tmp_path / n, optimizer="muon", workers=1, threads=1) for n in ("whole", "part"))
     train(whole, quiet=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastpose.__file__).parents[1])}
+    log, rng = tmp_path / "part" / "log.csv", np.random.default_rng()
+    for attempt in range(3):
+        resume = ["--resume"] if (tmp_path / "part" / "last.pt").is_file() else []
+        process = subprocess.Popen(command(part, tmp_path / "b.json", *resume), env=environment, start_new_session=True)
+        while attempt < 2 and process.poll() is None:
+            rows = len(log.read_text().splitlines()) - 1 if log.is_file() else 0
+            if rows > attempt:  # so many of the four validations are over
+                time.sleep(rng.uniform(0, 0.2))
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        if process.wait(timeout=300) == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert attempt > 0, "the run was over before it could be killed"
+    same_run(tmp_path / "whole", tmp_path / "part")
 
-    class Killed(Exception):
-        pass
 
+def test_what_is_left_after_a_kill_between_two_files(lspet, tmp_path, monkeypatch):
+    """The log and the best weights are already of the next step when last.pt is not."""
     import fastpose.train as module
 
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == 10:  # in the middle of an epoch, after a checkpoint at step 8
-            raise Killed
-        return original(*arguments)
+    train(config(lspet, tmp_path / "whole"), quiet=True)
 
-    calls: list[int] = []
-    original = module.normalize
-    monkeypatch.setattr(module, "normalize", killed)
-    part = config(lspet, tmp_path / "part", optimizer=optimizer)
-    with pytest.raises(Killed):
-        train(part, quiet=True)
-    monkeypatch.setattr(module, "normalize", original)
-    train(part, resume=True, quiet=True)
-    a, b = (torch.load(tmp_path / d / "last.pt", weights_only=True) for d in ("whole", "part"))
-    assert a["step"] == b["step"]
-    for key in a["average"]:
-        assert torch.equal(a["average"][key], b["average"][key]), key
+    def save_state(path, **state):
+        if state["step"] == 8:
+            raise KeyboardInterrupt
+        original(path, **state)
+
+    original = module.save_state
+    monkeypatch.setattr(module, "save_state", save_state)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(lspet, tmp_path / "part"), quiet=True)
+    monkeypatch.setattr(module, "save_state", original)
+    assert len((tmp_path / "part" / "log.csv").read_text().splitlines()) == 3
+    with pytest.raises(ValueError, match="cannot be resumed with other settings: lr was 0.002 and is 0.1"):
+        train(config(lspet, tmp_path / "part", lr=0.1), resume=True, quiet=True)
+    train(config(lspet, tmp_path / "part", device="cpu"), resume=True, quiet=True)
+    same_run(tmp_path / "whole", tmp_path / "part")
+
+
+def test_a_run_is_repeated_from_what_it_wrote(lspet, tmp_path):
+    train(config(lspet, tmp_path / "one", codec=UDPHeatmapCodec(hardest=3)), quiet=True)
+    again = read_config(TrainConfig, tmp_path / "one" / "config.json", [f"output={tmp_path / 'two'}"])
+    train(again, quiet=True)
+    same_run(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(ValueError, match="has no 'config'; expected the config.json of a run"):
+        read_config(TrainConfig, tmp_path / "x.json", [])
+
+
+def short(lspet, output, **changes) -> TrainConfig:
+    return config(lspet, output, stages=(Stage((32, 32), 2.0, 4),), limit=8, **changes)
+
+
+def final(folder: Path) -> dict:
+    return load_file(folder / "final.safetensors")
+
+
+def test_workers_change_nothing(lspet, tmp_path):
+    augment = Augmentation(any_rotation=0.2, rotation_sd=20, half_body=0.3, brightness=20, grey=0.2, erase=0.5)
+    for workers in (0, 2):
+        train(short(lspet, tmp_path / str(workers), workers=workers, augment=augment), quiet=True)
+    same_run(tmp_path / "0", tmp_path / "2")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_reduced_precision_comes_close(lspet, tmp_path, precision):
+    """A few steps of SGD: Adam's first steps have the sign of a gradient, however small it is."""
+    sgd = {"optimizer": "sgd", "lr": 1e-3, "ema": 0.0}
+    train(short(lspet, tmp_path / "full", **sgd), quiet=True)
+    train(short(lspet, tmp_path / "reduced", precision=precision, **sgd), quiet=True)
+    full, reduced = final(tmp_path / "full"), final(tmp_path / "reduced")
+    torch.manual_seed(0)
+    start = create_model("mobileposenet", num_keypoints=14).state_dict()
+    moved = sum(float((full[k] - v).square().sum()) for k, v in start.items() if v.is_floating_point())
+    apart = sum(float((full[k] - reduced[k]).square().sum()) for k, v in start.items() if v.is_floating_point())
+    assert 0 < apart < 0.05 * moved
+    state = torch.load(tmp_path / "reduced" / "last.pt", weights_only=True)
+    assert bool(state["optimizer"]["scaler"]) == (precision == "float16")
+
+
+def test_float16_skips_a_step_whose_gradient_overflows():
+    model = torch.nn.Linear(4, 1)
+    optimizer = Optimizer(model, TrainConfig("", "", precision="float16"), torch.device("cpu"))
+    before, scale = model.weight.clone(), optimizer.scaler.get_scale()
+    optimizer.backward(model(torch.ones(1, 4)).sum() * 1e37)
+    assert not optimizer.step(1.0) and optimizer.may_skip and torch.equal(model.weight, before)
+    assert optimizer.scaler.get_scale() < scale
+    optimizer.backward(model(torch.ones(1, 4)).sum())
+    assert optimizer.step(1.0) and not torch.equal(model.weight, before)
+
+
+def test_an_infinite_gradient_stops_the_run(lspet, tmp_path, monkeypatch):
+    import fastpose.train as module
+
+    monkeypatch.setattr(module, "_loss", lambda c, outputs, t: torch.sqrt(outputs * 0).sum())  # 0, with slope infinity
+    with pytest.raises(FloatingPointError, match="a gradient is not finite at step 0; the batch is in"):
+        train(short(lspet, tmp_path / "run"), quiet=True)
+    assert set(torch.load(tmp_path / "run" / "nan_batch.pt", weights_only=True)) == {"step", "images", "targets"}
+
+
+def test_optimizers_are_those_of_torch():
+    for name, reference in (
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, weight_decay=0.01)),
+        ("adam", lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.01)),
+        ("adamw", lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)),
+    ):
+        one, two = (torch.nn.Linear(3, 2, bias=False) for _ in range(2))
+        two.load_state_dict(one.state_dict())
+        settings = TrainConfig("", "", optimizer=name, lr=0.1, momentum=0.8, weight_decay=0.01, clip=0.0)
+        mine, other = Optimizer(one, settings, torch.device("cpu")), reference(two.parameters())
+        for _ in range(3):
+            x = torch.randn(5, 3)
+            mine.backward(one(x).square().mean())
+            assert mine.step(1.0)
+            other.zero_grad()
+            two(x).square().mean().backward()
+            other.step()
+        assert torch.equal(one.weight, two.weight), name
+
+
+def test_clipping_bounds_the_step():
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.clone()
+    settings = TrainConfig("", "", optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip=0.5)
+    optimizer = Optimizer(model, settings, torch.device("cpu"))
+    optimizer.backward(1e6 * model(torch.ones(1, 3)).sum())
+    optimizer.step(1.0)
+    assert 0.1 < float((model.weight - before).detach().norm()) <= 0.5
+
+
+def test_compiled_training_is_the_same(lspet, tmp_path, monkeypatch):
+    sgd = {"optimizer": "sgd", "lr": 1e-3}
+    train(short(lspet, tmp_path / "plain", **sgd), quiet=True)
+    calls = []
+
+    def compile_quickly(self):  # without the compiler, which takes minutes
+        calls.append(self)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    train(short(lspet, tmp_path / "compiled", compile=True, **sgd), quiet=True)
+    assert len(calls) == 1
+    one, two = final(tmp_path / "plain"), final(tmp_path / "compiled")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+
+
+def test_tensorboard(lspet, tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert folder == tmp_path / "run" / "tensorboard" and purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    train(short(lspet, tmp_path / "run", tensorboard=True), quiet=True)
+    assert {name for name, _ in written} == {"epoch", "lr_factor", "loss", "images_per_s", "val_pck"}
+    assert {step for _, step in written} == {2, 4}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"needs TensorBoard: pip install 'fastpose\[train\]'"):
+        train(short(lspet, tmp_path / "other", tensorboard=True), quiet=True)
 
 
 def test_nan_loss_stops_the_run_and_saves_the_batch(lspet, tmp_path, monkeypatch):
@@ -181,6 +363,19 @@ def test_schedule():
     assert all(a >= b for a, b in zip(factors[30:], factors[31:], strict=False))
 
 
+def test_schedule_by_steps():
+    stages = (Stage((32, 32), 2.0, 10), Stage((64, 64), 3.0, 20))
+    c = TrainConfig("", "", stages=stages, warmup=4, milestones=(1.0, 2.5, 4.0), gamma=0.1)
+    schedule = Schedule(c, 100)  # 10 and 5 steps an epoch
+    assert schedule.total == 20 + 15 and schedule.epoch(20) == 2.0 and schedule.epoch(25) == 3.0
+    factors = [schedule.factor(s) for s in range(schedule.total)]
+    assert np.allclose(factors[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
+    # epoch 1 begins with step 10; 2.5 with step 22.5; 4 with step 30
+    assert np.allclose(factors[4:], [1.0] * 6 + [0.1] * 13 + [0.01] * 7 + [0.001] * 5)
+    with pytest.raises(ValueError, match="the data set has 15 samples, fewer than one batch of 20"):
+        Schedule(c, 15)
+
+
 def test_config_errors(tmp_path):
     base = ["data=d", "output=o"]
     c = read_config(TrainConfig, None, [*base, "lr=1e-2", "augment.mirror=1", "stages=[{size=[64,48],epochs=2}]"])
@@ -191,7 +386,14 @@ def test_config_errors(tmp_path):
         ("augment.miror=1", "unknown setting 'augment.miror'; did you mean 'mirror'"),
         ("stages=[{size=[64],epochs=2}]", "setting 'stages\\[0\\].size' must be"),
         ("lr", "must have the form key=value"),
-        ("optimizer=sgd", "optimizer must be 'adamw' or 'muon', got 'sgd'"),
+        ("optimizer=lamb", "optimizer must be one of adamw, muon, adam, sgd, got 'lamb'"),
+        ("precision=int8", "precision must be one of float32, bfloat16, float16, got 'int8'"),
+        ("codec.type=associative", "mobileposenet is a top-down network, for which codec 'associative' is not made"),
+        ("model=mobilposenet", "unknown model 'mobilposenet'; did you mean mobileposenet"),
+        ("milestones=[20, 10]", r"milestones must be epochs in ascending order, got \[20.0, 10.0\]"),
+        ("ema=1.0", "ema must be at least 0 and less than 1, got 1.0"),
+        ("lr=-1.0", "lr must not be negative, got -1.0"),
+        ("stages=[{size=[64,48],epochs=0}]", "stages need a positive size, number of epochs"),
     ):
         with pytest.raises(ValueError, match=message):
             read_config(TrainConfig, None, [*base, override])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import cv2
 import numpy as np
@@ -20,6 +22,8 @@ from fastpose.geometry import apply_affine, crop_matrix, warp_crop
 from fastpose.images import ImageError
 from fastpose.skeletons import Skeleton
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -27,11 +31,12 @@ class Augmentation:
 
     Attributes:
         any_rotation: probability of a rotation drawn from all directions (-180 to 180 degrees).
-        rotation_sd: standard deviation in degrees of the rotation otherwise.
-        log_scale: the crop's size is multiplied by exp(u), u uniform in +- this.
+        rotation_sd: standard deviation in degrees of the rotation otherwise; rotation: it is uniform in +- this.
+        log_scale: the crop's size is multiplied by exp(u), u uniform in +- this; scale: by a number uniform between
+            these two. A person gets smaller in a larger crop.
         shift: displacement of the crop in x and y, uniform in +- this fraction of its width.
         mirror: probability of exchanging left and right.
-        half_body: probability of cropping around the keypoints above or below the waist only.
+        half_body: probability of cropping around the keypoints above or below the waist only; not for whole images.
         contrast: factor uniform in exp(+- this); gain: standard deviation of a factor per colour channel;
         brightness: uniform +- this, in grey levels; grey: probability of removing colour.
         erase: probability of covering one random rectangle with noise.
@@ -39,7 +44,9 @@ class Augmentation:
 
     any_rotation: float = 0.0
     rotation_sd: float = 0.0
+    rotation: float = 0.0
     log_scale: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
     shift: float = 0.0
     mirror: float = 0.0
     half_body: float = 0.0
@@ -48,6 +55,50 @@ class Augmentation:
     brightness: float = 0.0
     grey: float = 0.0
     erase: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"augment.scale must be two positive factors, the lesser first, got {list(self.scale)}")
+        if self.rotation_sd and self.rotation:
+            raise ValueError("augment: choose rotation_sd (normal) or rotation (uniform), not both")
+
+    def draw(self, rng: np.random.Generator) -> Change:
+        """The geometric part of a change, at random."""
+        mirror = bool(rng.random() < self.mirror)
+        turn = rng.random() < self.any_rotation
+        rotation = float(rng.uniform(-180, 180) if turn else rng.normal() * self.rotation_sd)
+        if self.rotation and not turn:
+            rotation = float(rng.uniform(-self.rotation, self.rotation))
+        half = ("upper" if rng.random() < 0.7 else "lower") if rng.random() < self.half_body else ""
+        scale = float(np.exp(rng.uniform(-self.log_scale, self.log_scale)))
+        if self.scale != (1.0, 1.0):
+            scale *= float(rng.uniform(*self.scale))
+        shift = (rng.uniform(-self.shift, self.shift), rng.uniform(-self.shift, self.shift))
+        return Change(rotation, scale, shift, mirror, half)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of a crop: the arguments of `fastpose.geometry.crop_matrix`, and the half of the body to crop to."""
+
+    rotation: float = 0.0
+    scale: float = 1.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    mirror: bool = False
+    half: str = ""
+
+    def matrix(self, box: Array, size: tuple[int, int], padding: float, convention: str) -> Array:
+        """The map from image to changed crop, float64 [2, 3]."""
+        return crop_matrix(
+            box,
+            size,
+            padding,
+            rotation=self.rotation,
+            scale=self.scale,
+            shift=self.shift,
+            mirror=self.mirror,
+            convention=convention,
+        )
 
 
 @dataclass(frozen=True)
@@ -58,68 +109,107 @@ class _Person:
     box: Array  # float32 [4] in pixels of `image`
 
 
-class CropStore:
-    """The decoded surroundings of every person, reduced to at most `side` pixels per padded box side.
+class DecodedStore(ABC, Generic[T]):
+    """Decoded parts of a data set, kept in memory up to `memory` bytes; the others are read from their files each time.
 
-    2.2 box sides are kept around each person, enough for every rotation, scale and shift. People are kept in memory up
-    to `memory` bytes; the others are read from their files every time. Of an image that cannot be read the people are
-    black crops without labels: it is reported in `data.report`, and if that happens later, on stderr.
+    An image that cannot be read is replaced by a black one without labels: it is reported in `data.report`, and if that
+    happens later, on stderr. `quiet`: no progress bar while the first ones are read.
     """
 
-    REACH = 2.2
-
-    def __init__(self, data: PoseData, padding: float, side: int, memory: float = math.inf) -> None:
+    def __init__(self, data: PoseData, count: int, memory: float, quiet: bool) -> None:
         self.data = data
-        self.padding = padding
-        self.side = side
-        self.people: list[_Person | None] = [None] * len(data)
+        self.kept: list[T | None] = [None] * count
         self.unreadable: set[Path] = set()
-        for i in range(len(data)):
+        for i in tqdm(range(count), desc="reading", unit="image", disable=quiet):
             if memory <= 0:
                 break
-            person = self.people[i] = self.person(i, announce=False)
-            memory -= person.image.nbytes
+            item = self.kept[i] = self.get(i, announce=False)
+            memory -= self._bytes(item)
 
     def __len__(self) -> int:
-        return len(self.people)
+        return len(self.kept)
 
-    def person(self, i: int, announce: bool = True) -> _Person:
-        """Person `i`, from memory or file."""
-        known = self.people[i]
+    @abstractmethod
+    def _file(self, i: int) -> Path: ...
+
+    @abstractmethod
+    def _load(self, i: int) -> T: ...
+
+    @abstractmethod
+    def _blank(self) -> T: ...
+
+    @staticmethod
+    @abstractmethod
+    def _bytes(item: T) -> int: ...
+
+    def get(self, i: int, announce: bool = True) -> T:
+        """Item `i`, from memory or file."""
+        known = self.kept[i]
         if known is not None:
             return known
         try:
             return self._load(i)
         except ImageError as error:
-            if self.data.images[i] not in self.unreadable:
-                self.unreadable.add(self.data.images[i])
+            if self._file(i) not in self.unreadable:
+                self.unreadable.add(self._file(i))
                 self.data.report.add(UNREADABLE, error)
                 if announce:
                     tqdm.write(f"fastpose: trained without {error}", file=sys.stderr)
+        return self._blank()
+
+
+class CropStore(DecodedStore[_Person]):
+    """The decoded surroundings of every person, reduced to at most `side` pixels per padded box side.
+
+    2.2 box sides are kept around each person, enough for every rotation, scale and shift.
+    """
+
+    REACH = 2.2
+
+    def __init__(self, data: PoseData, padding: float, side: int, memory: float = math.inf, quiet: bool = True) -> None:
+        self.padding = padding
+        self.side = side
+        super().__init__(data, len(data), memory, quiet)
+
+    def _file(self, i: int) -> Path:
+        return self.data.images[i]
+
+    def _blank(self) -> _Person:
         k = self.data.skeleton.num_keypoints
         box = np.array([0, 0, 8, 8], np.float32)
         return _Person(np.zeros((8, 8, 3), np.uint8), np.zeros((k, 2), np.float32), np.zeros(k, bool), box)
+
+    @staticmethod
+    def _bytes(item: _Person) -> int:
+        return item.image.nbytes
 
     def _load(self, i: int) -> _Person:
         image, side = self.data.read(i), self.side
         box = self.data.boxes[i].astype(np.float64)
         centre = (box[:2] + box[2:]) / 2
         extent = max(box[2] - box[0], box[3] - box[1], 1.0) * self.padding
-        zoom = min(1.0, side / extent)
         half = self.REACH * extent / 2
         x1, y1 = np.maximum(np.floor(centre - half).astype(int), 0)
         x2, y2 = np.minimum(np.ceil(centre + half).astype(int) + 1, [image.shape[1], image.shape[0]])
         part = image[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
+        part, ratio = reduce(part, side / extent)
         origin = np.array([x1, y1], np.float64)
-        points, box = self.data.keypoints[i] - origin, box - np.tile(origin, 2)
-        if zoom < 1:
-            size = (max(1, round(part.shape[1] * zoom)), max(1, round(part.shape[0] * zoom)))
-            ratio = np.array(size) / [part.shape[1], part.shape[0]]
-            part = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
-            points = (points + 0.5) * ratio - 0.5
-            box = (box + 0.5) * np.tile(ratio, 2) - 0.5
+        points = (self.data.keypoints[i] - origin + 0.5) * ratio - 0.5
+        box = (box - np.tile(origin, 2) + 0.5) * np.tile(ratio, 2) - 0.5
         labelled = self.data.labelled[i]
         return _Person(np.ascontiguousarray(part), points.astype(np.float32), labelled, box.astype(np.float32))
+
+
+def reduce(image: Array, zoom: float) -> tuple[Array, Array]:
+    """`image` reduced to about `zoom` of its size (not enlarged), and the exact ratio [2] in x and y.
+
+    Pixel x of the image is at ``(x + 0.5) * ratio - 0.5`` of the reduced one.
+    """
+    if zoom >= 1:
+        return image, np.ones(2)
+    size = (max(1, round(image.shape[1] * zoom)), max(1, round(image.shape[0] * zoom)))
+    ratio = np.array(size) / [image.shape[1], image.shape[0]]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA), ratio
 
 
 class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -150,38 +240,23 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         person_index = index % len(self)
-        person = self.store.person(person_index)
-        valid = person.labelled
+        person = self.store.get(person_index)
+        valid, box, change = person.labelled, person.box, Change()
+        skeleton = self.store.data.skeleton
         height, width = self.size
         a = self.augmentation
-        if a is None:
-            matrix = crop_matrix(person.box, self.size, self.store.padding, convention=self.convention)
-            crop = warp_crop(person.image, matrix, self.size)
-            mirror = False
-        else:
-            rng = np.random.default_rng((self.seed, index))
-            mirror = bool(rng.random() < a.mirror)
-            turn = rng.random() < a.any_rotation
-            rotation = rng.uniform(-180, 180) if turn else rng.normal() * a.rotation_sd
-            box = person.box
-            if rng.random() < a.half_body:
-                upper = rng.random() < 0.7
-                box = half_body_box(person.keypoints, valid, self.store.data.skeleton, upper, box)
-            matrix = crop_matrix(
-                box,
-                self.size,
-                self.store.padding,
-                rotation=rotation,
-                scale=float(np.exp(rng.uniform(-a.log_scale, a.log_scale))),
-                shift=(rng.uniform(-a.shift, a.shift), rng.uniform(-a.shift, a.shift)),
-                mirror=mirror,
-                convention=self.convention,
-            )
-            crop = _change_colours(warp_crop(person.image, matrix, self.size), a, rng)
+        rng = np.random.default_rng((self.seed, index))
+        if a is not None:
+            change = a.draw(rng)
+            if change.half:
+                box = half_body_box(person.keypoints, valid, skeleton, change.half == "upper", box)
+        matrix = change.matrix(box, self.size, self.store.padding, self.convention)
+        crop = warp_crop(person.image, matrix, self.size)
+        if a is not None:
+            crop = change_colours(crop, a, rng)
         points = apply_affine(matrix, person.keypoints)
-        if mirror:
-            order = self.store.data.skeleton.flip_indices
-            points, valid = points[order], valid[order]
+        if change.mirror:
+            points, valid = points[skeleton.flip_indices], valid[skeleton.flip_indices]
         inside = (points > -0.5).all(1) & (points < [width - 0.5, height - 0.5]).all(1)
         chw = np.ascontiguousarray(crop.transpose(2, 0, 1))
         return torch.from_numpy(chw), torch.from_numpy(points.astype(np.float32)), torch.from_numpy(valid & inside)
@@ -203,7 +278,8 @@ def half_body_box(keypoints: Array, labelled: Array, skeleton: Skeleton, upper: 
     return np.concatenate([low - margin, high + margin])
 
 
-def _change_colours(crop: Array, a: Augmentation, rng: np.random.Generator) -> Array:
+def change_colours(crop: Array, a: Augmentation, rng: np.random.Generator) -> Array:
+    """`crop` (uint8 RGB, may be overwritten) with the changes of colour drawn at random."""
     gain = np.exp(rng.uniform(-a.contrast, a.contrast)) * (1 + a.gain * rng.normal(size=3))
     offset = 128 * (1 - gain.mean()) + rng.uniform(-a.brightness, a.brightness)
     # per channel: gain and offset as one affine colour transform, which saturates to uint8 in the same pass

@@ -18,6 +18,6 @@ from fastpose.models import (  # noqa: F401
     simplebaseline,
     x_hrnet,
 )
-from fastpose.models._registry import create_model, list_models, register_model
+from fastpose.models._registry import create_model, is_bottom_up, list_models, model_entry, register_model
 
-__all__ = ["create_model", "list_models", "register_model"]
+__all__ = ["create_model", "is_bottom_up", "list_models", "model_entry", "register_model"]

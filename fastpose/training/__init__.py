@@ -1,0 +1,1 @@
+"""The parts of `fastpose.train`: settings, optimizer and schedule, synchronised batch norm, what a run writes."""

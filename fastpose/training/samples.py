@@ -1,0 +1,68 @@
+"""What a run learns from and is validated on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from fastpose.codecs import AssociativeEmbeddingCodec, HeatmapCodec
+from fastpose.data import PoseData, load_dataset
+from fastpose.data.crops import CropDataset, CropStore
+from fastpose.data.scenes import Mosaics, SceneDataset, SceneStore, load_mosaics, write_mosaics
+from fastpose.distributed import rank, wait_for_all
+from fastpose.training.settings import Stage, TrainConfig
+
+Store = CropStore | SceneStore
+
+
+def load_split(config: TrainConfig, split: str) -> PoseData:
+    """A part of the config's data set; raises ValueError if nobody is in it."""
+    skeleton, metric = config.skeleton or None, config.metric or None
+    data = load_dataset(config.dataset, config.data, split, skeleton=skeleton, limit=config.limit, metric=metric)
+    if len(data) == 0:
+        raise ValueError(f"nobody to estimate in the split {split!r}: {data.report.to_text() or 'it is empty'}")
+    return data
+
+
+def open_store(config: TrainConfig, data: PoseData, quiet: bool = True) -> Store:
+    """The decoded people of `data`, or for a bottom-up network without mosaics its decoded images."""
+    memory = config.memory * 2**30
+    if config.bottom_up and not config.mosaic:
+        return SceneStore(data, max(min(s.size) for s in config.stages), memory, quiet)
+    return CropStore(data, config.padding, max(max(s.size) for s in config.stages), memory, quiet)
+
+
+def make_dataset(config: TrainConfig, store: Store, stage: Stage, seed: int) -> Dataset[Any]:
+    """Samples of an image and the arguments of the codec's loss."""
+    codec = config.codec
+    if isinstance(codec, AssociativeEmbeddingCodec):
+        scenes = store if isinstance(store, SceneStore) else Mosaics(store, stage.size, config.mosaic)
+        return SceneDataset(scenes, stage.size, config.augment, seed, codec.max_people)
+    assert isinstance(codec, HeatmapCodec) and isinstance(store, CropStore)
+    return CropDataset(store, stage.size, config.augment, seed, codec.convention)
+
+
+def scenes_to_validate(config: TrainConfig, data: PoseData, output: Path) -> PoseData:
+    """What a bottom-up network is validated on: `data`, or mosaics of it, which are written to `output`.
+
+    There are as many mosaics as people are in `data` for each of the mosaic's cells; they do not depend on the seed.
+
+    Raises:
+        ValueError: `data` does not have everybody on its images, and no mosaics are wanted.
+    """
+    if not config.mosaic:
+        if data.annotated is None:
+            raise ValueError(
+                f"{config.model} finds people itself, and dataset {config.dataset!r} does not say whether everybody is "
+                "annotated; train on mosaics of its people, e.g. mosaic=4"
+            )
+        return data
+    folder, size = output / "mosaics", config.stages[-1].size
+    if rank() == 0 and not (folder / "annotations.json").is_file():
+        mosaics = Mosaics(CropStore(data, config.padding, max(size), 0), size, config.mosaic)
+        write_mosaics(mosaics, folder, max(1, len(data) // config.mosaic))
+    wait_for_all()
+    return replace(load_mosaics(folder, data.skeleton), metric=config.measure)

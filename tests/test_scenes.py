@@ -1,0 +1,294 @@
+"""Whole images and mosaics for bottom-up networks, and their training from the images to poses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import fastpose
+from fastpose.checkpoints import read_info
+from fastpose.cli import main
+from fastpose.codecs import AssociativeEmbeddingCodec
+from fastpose.data import PoseData, load_dataset
+from fastpose.data.crops import Augmentation, Change, CropStore
+from fastpose.data.scenes import (
+    Mosaics,
+    SceneDataset,
+    SceneStore,
+    collate_scenes,
+    load_mosaics,
+    write_mosaics,
+)  # fmt: skip
+from fastpose.evaluate import evaluate
+from fastpose.geometry import whole_image_matrix
+from fastpose.poses import Poses
+from fastpose.preprocess import normalize
+from fastpose.skeletons import COCO17, LSP14
+from tests import datasets
+from tests.test_train import same_run
+
+NAMES = ("snout", "left_ear", "right_ear", "tail")
+STRONG = Augmentation(rotation=40, scale=(0.7, 1.3), shift=0.2, mirror=0.5, contrast=0.1)
+
+
+@pytest.fixture
+def coco(tmp_path) -> PoseData:
+    datasets.write_standard_coco(tmp_path / "coco")
+    return load_dataset("coco", tmp_path / "coco", "val")
+
+
+def test_everybody_on_an_image(coco):
+    store = SceneStore(coco, 1000)
+    assert len(store) == 5 and store.files[1].name == "002.png"  # nobody is on the second image
+    scene = store.get(1)
+    at = np.flatnonzero([p.name == "002.png" for p in coco.images])
+    assert scene.image.shape == (90, 120, 3) and np.allclose(scene.keypoints, coco.keypoints[at])
+    assert (scene.labelled == coco.labelled[at]).all() and len(scene.ignored) == 0
+    small = SceneStore(coco, 30).get(1)
+    assert small.image.shape == (45, 60, 3) and np.allclose(small.keypoints, (scene.keypoints + 0.5) / 2 - 0.5)
+    with pytest.raises(ValueError, match="nobody in the data set has a labelled keypoint"):
+        SceneStore(coco.take(np.zeros(0, np.int64)), 100)
+
+
+@pytest.mark.parametrize("source", ["images", "mosaics"])
+def test_dots_lie_where_the_labels_say(coco, source):
+    """One affine map for pixels and keypoints; keypoints exchanged by the mirror; the colours tell which is which."""
+    colours = np.random.default_rng(0).integers(40, 256, (64, 3))[:17, ::-1]  # as drawn by tests.datasets
+    scenes = SceneStore(coco, 128) if source == "images" else Mosaics(CropStore(coco, 1.3, 128), (128, 128), 4)
+    geometry = replace(STRONG, contrast=0.0)
+    dataset = SceneDataset(scenes, (128, 96), geometry, seed=3)
+    near, far = 0, 0
+    for index in range(40):
+        image, points, valid, mask = dataset[index]
+        assert image.shape == (3, 128, 96) and image.dtype == torch.uint8 and valid.dtype == torch.bool
+        assert mask.shape == (128, 96) and mask.all() and points.shape == (len(valid), 17, 2)
+        again = SceneDataset(scenes, (128, 96), geometry, seed=3)[index]
+        assert all(torch.equal(a, b) for a, b in zip((image, points, valid, mask), again, strict=True))
+        for n, k in valid.nonzero().tolist():
+            x, y = points[n, k].round().long().clamp(max=95).tolist()
+            # the drawn colour, of the mirrored keypoint where the image was mirrored: labels follow the body
+            patch = image[:, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].flatten(1).float()
+            flipped = COCO17.flip_indices[k]
+            apart = [(patch - torch.tensor(colours[c].copy())[:, None]).abs().sum(0).min().item() for c in (k, flipped)]
+            near, far = near + (min(apart) < 90), far + (min(apart) >= 90)
+    assert near > 4 * far and near > 200  # others' dots may lie on top
+
+
+def test_without_changes_a_sample_is_what_inference_sees(coco):
+    store = SceneStore(coco, 96)
+    image, points, valid, _ = SceneDataset(store, (96, 96))[0]
+    matrix, size = whole_image_matrix((90, 120), 96)
+    assert size == (96, 128)
+    scene = store.get(0)
+    expected = scene.keypoints @ matrix[:, :2].T + matrix[:, 2] - [16, 0]
+    assert np.allclose(points, expected, atol=1e-4)
+    seen = cv2.warpAffine(scene.image, matrix, size[::-1], flags=cv2.INTER_LINEAR)[:, 16:112]
+    assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - seen).max() <= 2
+    assert (valid <= torch.from_numpy(scene.labelled)).all()
+
+
+def test_crowds_are_masked_but_not_labelled_people(tmp_path):
+    content = datasets.coco_content(COCO17.names, 1, 1)
+    person = content["annotations"][0]
+    crowd = {**person, "id": 2, "iscrowd": 1, "keypoints": [0] * 51, "num_keypoints": 0, "bbox": [0, 0, 120, 90]}
+    content["annotations"].append(crowd)
+    datasets.write_coco(tmp_path, content, "annotations/person_keypoints_val2017.json", "val2017")
+    data = load_dataset("coco", tmp_path, "val")
+    dataset = SceneDataset(SceneStore(data, 192), (192, 192))
+    _, points, valid, mask = dataset[0]
+    x, y = points[valid].round().long().unbind(1)
+    assert len(points) == 1 and mask[y, x].all() and 0.05 < mask.float().mean() < 0.9
+    rows, columns = torch.meshgrid(torch.arange(192), torch.arange(192), indexing="ij")
+    distance = ((columns[..., None] - x) ** 2 + (rows[..., None] - y) ** 2).amin(-1).sqrt()
+    assert not mask[distance > 26].any() and mask[distance < 22].all()
+
+
+def test_a_mosaic_has_everybody_in_turn(coco):
+    mosaics = Mosaics(CropStore(coco, 1.2, 64), (64, 80), 6)
+    assert set(mosaics.grids) == {(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2)}
+    counts = set()
+    for index in range(2 * len(mosaics)):
+        scene = mosaics.scene(index, np.random.default_rng(index))
+        assert scene.image.shape == (64, 80, 3)
+        counts.add(len(scene.keypoints))
+        inside = (scene.keypoints > -0.5).all(2) & (scene.keypoints < [79.5, 63.5]).all(2)
+        assert (scene.labelled <= inside).all() and scene.labelled.any(1).all()
+    assert counts == {1, 2, 4, 6}
+    with pytest.raises(ValueError, match="at least one person, got 0"):
+        Mosaics(mosaics.store, (64, 64), 0)
+
+
+def test_batches_of_unequal_numbers_of_people():
+    def sample(n):
+        return (
+            torch.zeros(3, 8, 8, dtype=torch.uint8),
+            torch.ones(n, 4, 2),
+            torch.ones(n, 4).bool(),
+            torch.ones(8, 8) > 0,
+        )
+
+    images, points, valid, mask = collate_scenes([sample(2), sample(0), sample(3)])
+    assert images.shape == (3, 3, 8, 8) and points.shape == (3, 3, 4, 2) and mask.shape == (3, 8, 8)
+    assert valid.sum((1, 2)).tolist() == [8, 0, 12]
+    assert collate_scenes([sample(0)])[1].shape == (1, 0, 4, 2)
+
+
+def test_an_unreadable_image_is_a_black_one(coco):
+    coco.images[0].write_bytes(b"broken")
+    store = SceneStore(coco, 64, memory=0)
+    image, points, valid, _ = SceneDataset(store, (64, 64), STRONG)[0]
+    assert points.shape == (0, 17, 2) and not valid.any()
+    assert coco.report.findings["image cannot be read"].count == 1
+
+
+def test_augmentation_ranges():
+    rng = np.random.default_rng(0)
+    changes = [Augmentation(rotation=30, scale=(0.75, 1.5), shift=0.2, mirror=0.5).draw(rng) for _ in range(500)]
+    rotation = np.array([c.rotation for c in changes])
+    scale = np.array([c.scale for c in changes])
+    assert -30 <= rotation.min() < -28 and 28 < rotation.max() <= 30
+    assert 0.75 <= scale.min() < 0.77 and 1.48 < scale.max() <= 1.5
+    assert 0.4 < np.mean([c.mirror for c in changes]) < 0.6 and 0.18 < np.abs([c.shift for c in changes]).max() <= 0.2
+    assert Augmentation().draw(rng) == Change()
+    with pytest.raises(ValueError, match=r"augment.scale must be two positive factors.*got \[2.0, 1.0\]"):
+        Augmentation(scale=(2.0, 1.0))
+    with pytest.raises(ValueError, match="choose rotation_sd .* or rotation"):
+        Augmentation(rotation=1.0, rotation_sd=1.0)
+
+
+def write_mice(folder, images=3):
+    """Images of two mice side by side."""
+    content = datasets.coco_content(NAMES, images, 2)
+    for a in content["annotations"]:
+        left = 5 + 60 * (a["id"] % 2)
+        points = np.array(a["keypoints"]).reshape(-1, 3)
+        points[:, 0] = left + (points[:, 0] - 20) * 0.6
+        points *= points[:, 2:] > 0
+        a["keypoints"], a["bbox"] = points.reshape(-1).tolist(), [left - 8, a["bbox"][1], 50, a["bbox"][3]]
+    datasets.write_coco(folder, content, "annotations.json", "images")
+    (folder / "skeleton.toml").write_text(f"names = {json.dumps(NAMES)}\nsigmas = [0.2, 0.2, 0.2, 0.2]")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_bottom_up_network_learns_its_images(tmp_path):
+    """From images to poses: the heatmaps come out as they should, and `PoseEstimator` finds the people."""
+    data, run = write_mice(tmp_path / "mice"), tmp_path / "run"
+    settings = ["model=lightweight_hrnet_448", "options.r=-8", "dataset=custom", f"data={data}", f"output={run}"]
+    settings += ['splits=["all","all"]', "stages=[{size=[96,96],epochs=250,batch_size=2}]", "validate_every=50"]
+    settings += ["optimizer=adam", "lr=6e-3", "decay_start=0.2", "ema=0.9", "workers=0", "augment.shift=0.02"]
+    assert main(["train", "--quiet", *settings]) == 0
+    rows = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
+    losses = [float(row["loss"]) for row in rows]
+    # maps of zeros everywhere have a loss of 0.017
+    assert losses[0] > 0.1 and losses[-1] < 0.009, losses
+    assert max(float(row["val_ap"]) for row in rows) > 5
+    info = read_info(run / "final.safetensors")
+    assert info.codec == AssociativeEmbeddingCodec() and info.options == {"r": -8}
+    model = fastpose.create_model("auto", weights=run / "final.safetensors")
+    store = SceneStore(load_dataset("custom", data, "all"), 96)
+    at, elsewhere = [], []
+    for i in range(len(store)):
+        image, points, valid, _ = SceneDataset(store, (96, 96))[i]
+        with torch.inference_mode():
+            maps = model(normalize(image[None]))[1][0]
+        n, k = valid.nonzero().T
+        x, y = (points[n, k] / 2).long().unbind(1)
+        at.append(maps[k, y, x])
+        elsewhere.append(maps.flatten())
+    assert torch.cat(at).mean() > 0.25 and torch.cat(elsewhere).mean() < 0.05
+    pose = fastpose.PoseEstimator("auto", run / "final.safetensors", flip_test=False)
+    assert all(len(pose(path)) >= 1 for path in store.files)
+
+
+def write_lsp(folder, count=14):
+    """The first people of LSP's test part; the files of the others are missing."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    rng = np.random.default_rng(0)
+    joints = np.zeros((3, 14, 2000))
+    joints[:2] = rng.uniform(10, 80, (2, 14, 2000))
+    for first in (1, 1001):
+        for i in range(first, first + count):
+            datasets.picture(folder / "images" / f"im{i:04d}.jpg", joints[None, :2, :, i - 1].transpose(0, 2, 1))
+    savemat(folder / "joints.mat", {"joints": joints})
+    return folder
+
+
+@pytest.mark.parametrize("metric", ["AP", "PCK@0.2"])
+def test_training_on_mosaics_and_going_on(tmp_path, metric, monkeypatch):
+    import fastpose.train as module
+
+    data = write_lsp(tmp_path / "lsp")
+    base = ["model=lightweight_hrnet_448", "options.r=-8", "dataset=lsp", f"data={data}", "mosaic=4", "workers=0"]
+    base += [
+        "stages=[{size=[64,64],epochs=1,batch_size=7}, {size=[96,64],epochs=1,batch_size=7}]",
+        "validate_every=0.5",
+    ]
+    base += [f"metric={metric}", "augment.rotation=30.0", "augment.mirror=0.5"]
+    assert main(["train", "--quiet", *base, f"output={tmp_path / 'whole'}"]) == 0
+    rows = list(csv.DictReader((tmp_path / "whole" / "log.csv").read_text().splitlines()))
+    assert len(rows) == 4 and ("val_ap" if metric == "AP" else "val_pck") in rows[0]
+    mosaics = load_dataset("custom", tmp_path / "whole" / "mosaics", "all")
+    assert len(mosaics.image_files()) == 14 // 4 and mosaics.skeleton.names == LSP14.names
+
+    original = module.save_state
+    monkeypatch.setattr(module, "save_state", lambda path, **s: original(path, **s) if s["step"] < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--quiet", *base, f"output={tmp_path / 'part'}"])
+    monkeypatch.setattr(module, "save_state", original)
+    assert main(["train", "--quiet", "--resume", *base, f"output={tmp_path / 'part'}"]) == 0
+    same_run(tmp_path / "whole", tmp_path / "part")
+
+
+class Finder:
+    """A bottom-up network that finds everybody in every image, the first person of each moved by `error` pixels."""
+
+    batch_size, model_name = 1, "finder"
+
+    def __init__(self, data: PoseData, error: float) -> None:
+        self.skeleton, self.data, self.error = data.skeleton, data, error
+        self.info = type("Info", (), {"codec": AssociativeEmbeddingCodec()})
+
+    def estimate(self, images, boxes):
+        image = images[0]
+        file = next(f for f in self.data.annotated.files if (cv2.imread(str(f))[..., ::-1] == image).all())
+        rows = [i for i, path in enumerate(self.data.images) if path == file]
+        points = self.data.keypoints[rows].copy()
+        points[0] += self.error
+        ones = np.ones(points.shape[:2])
+        return [Poses(points, ones, self.data.boxes[rows], ones[:, 0], image.shape[:2], self.skeleton)]
+
+
+def test_pck_of_found_people(tmp_path):
+    store = CropStore(load_dataset("lsp", write_lsp(tmp_path / "lsp"), "test"), 1.2, 96)
+    write_mosaics(Mosaics(store, (96, 96), 4), tmp_path / "mosaics", 6)
+    data = replace(load_mosaics(tmp_path / "mosaics", LSP14), metric="PCK@0.2")
+    assert 6 < len(data) <= 24
+    right = evaluate(Finder(data, 0.0), data)
+    assert right.score.metric == "PCK@0.2" and right.score.value == 100 and np.nanmin(right.score.quality) > 0.9999
+    wrong = evaluate(Finder(data, 1000.0), data)
+    assert 0 < wrong.score.value < 100 and np.nanmin(wrong.score.quality) < 0.1
+    assert right.worst(3).ndim == 3
+    again = tmp_path / "again"
+    write_mosaics(Mosaics(store, (96, 96), 4), again, 6)
+    for path in sorted((tmp_path / "mosaics").rglob("*.*")):
+        assert path.read_bytes() == (again / path.relative_to(tmp_path / "mosaics")).read_bytes()
+
+
+def test_what_does_not_go_together(tmp_path, capsys):
+    data = write_lsp(tmp_path / "lsp", 3)
+    base = ["train", "dataset=lsp", f"data={data}", f"output={tmp_path / 'run'}"]
+    for settings, message in (
+        (["model=hrnet_w32_ae"], "train on mosaics of its people, e.g. mosaic=4"),
+        (["mosaic=4"], "mosaic must be a number of people, for bottom-up networks only, got 4"),
+        (["model=hrnet_w32_ae", "metric=PCKh@0.5", "mosaic=2"], "by AP or PCK@0.2, not by PCKh@0.5"),
+        (["model=hrnet_w32_ae", "codec.type=udp"], "bottom-up network, for which codec 'udp' is not made"),
+    ):
+        assert main([*base, "stages=[{size=[64,64],epochs=1,batch_size=2}]", *settings]) == 2
+        assert message in capsys.readouterr().err
