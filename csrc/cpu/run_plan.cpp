@@ -334,6 +334,20 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
   return l;
 }
 
+// About how many cycles of one core an instruction takes, to decide whether it is worth sharing.
+int64_t cycles(const PlanTask& t) {
+  const int64_t k = t.step->kernel, numbers = t.out.pixels() * t.out.channels, read = t.in.pixels() * t.in.channels;
+  switch (t.step->op) {
+    case PlanOp::kConv: return numbers * k * k * t.in.channels / 16;
+    case PlanOp::kWinograd: return numbers * t.in.channels / 4;
+    case PlanOp::kDeconv: return numbers * t.in.channels / 4;
+    case PlanOp::kDepthwise: return numbers * k * k / 8;
+    case PlanOp::kGroupAttention: return numbers * 6;
+    default: return (numbers + read) / 4;
+  }
+}
+constexpr int64_t kWorthSharing = 8000;  // cycles; handing work over costs some hundreds
+
 // The steps on the maps of one image whose block of memory is `arena`, cut for `threads`.
 void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads, std::vector<PlanTask>& tasks) {
   const auto map = [&](int64_t m) {
@@ -368,10 +382,30 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
     const bool whole = s.op == PlanOp::kStack || s.op == PlanOp::kBand || s.op == PlanOp::kGroupSoftmax;
     if (whole) rows = unit = 1;
     // four tiles per thread, so that one who was interrupted does not hold up the others for long
-    const int64_t wanted = threads == 1 ? 1 : 4 * threads;
+    const int64_t wanted = threads == 1 || cycles(t) < kWorthSharing ? 1 : 4 * threads;
     t.tile_rows = ceil_div(ceil_div(rows, wanted), unit) * unit;
     t.tiles = ceil_div(rows, t.tile_rows);
     tasks.push_back(t);
+  }
+}
+
+// Instructions between two meetings of the threads: one that is cut into tiles, or several that one thread does alone.
+struct Section {
+  size_t begin, end;
+  int64_t tiles;
+};
+struct alignas(64) Progress {
+  std::atomic<int64_t> next{0}, done{0};
+};
+
+void cut_sections(const std::vector<PlanTask>& tasks, std::vector<Section>& sections) {
+  sections.clear();
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    if (tasks[i].tiles == 1 && !sections.empty() && sections.back().tiles == 1) {
+      sections.back().end = i + 1;
+    } else {
+      sections.push_back({i, i + 1, tasks[i].tiles});
+    }
   }
 }
 
@@ -458,25 +492,30 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
     });
   }
   if (alone < images) {
-    struct alignas(64) Progress {
-      std::atomic<int64_t> next{0}, done{0};
-    };
     float* arena = scratch<float>(kArenaSlot, layout.floats + kPad);
     thread_local std::vector<PlanTask> bound;
-    std::vector<PlanTask>& tasks = bound;
+    thread_local std::vector<Section> cut;
+    thread_local std::vector<Progress> made;
+    std::vector<PlanTask>& tasks = bound;  // those of this thread, for all
     bind_maps(plan, layout, arena, threads, tasks);
+    std::vector<Section>& sections = cut;
+    cut_sections(tasks, sections);
+    if (made.size() < sections.size()) made = std::vector<Progress>(sections.size());
+    std::vector<Progress>& progress = made;
     for (int64_t image = alone; image < images; ++image) {
       read_image(x, image, input(arena));
-      const std::unique_ptr<Progress[]> progress(new Progress[tasks.size()]);
+      for (size_t i = 0; i < sections.size(); ++i) progress[i].next = progress[i].done = 0;
       parallel_for(threads, 1, [&](int64_t, int64_t) {
         float* gather = scratch<float>(kGatherSlot, layout.gather + kPad);
-        for (size_t i = 0; i < tasks.size(); ++i) {
-          const PlanTask& t = tasks[i];
-          for (int64_t tile; (tile = progress[i].next.fetch_add(1)) < t.tiles;) {
-            FASTPOSE_CALL(PlanLevel::run, t, tile, gather);
+        for (size_t i = 0; i < sections.size(); ++i) {
+          const Section& section = sections[i];
+          for (int64_t tile; (tile = progress[i].next.fetch_add(1)) < section.tiles;) {
+            for (size_t j = section.begin; j < section.end; ++j) {
+              FASTPOSE_CALL(PlanLevel::run, tasks[j], tile, gather);
+            }
             progress[i].done.fetch_add(1, std::memory_order_release);
           }
-          for (int spins = 0; progress[i].done.load(std::memory_order_acquire) < t.tiles; ++spins) {
+          for (int spins = 0; progress[i].done.load(std::memory_order_acquire) < section.tiles; ++spins) {
             if (spins > 2000) sched_yield();
           }
         }

@@ -706,24 +706,50 @@ void band(const PlanTask& t, float* scratch) {
   }
 }
 
+// The pixel of a map smaller by `factor` under pixel after pixel of one that is `width` wide.
+struct Under {
+  int64_t width, factor, row_length;
+  int64_t x, y, row, column, part;
+
+  FASTPOSE_INLINE Under(int64_t p, int64_t width_, int64_t factor_, int64_t row_length_)
+      : width(width_), factor(factor_), row_length(row_length_), x(p % width), y(p / width) {
+    row = y / factor * row_length;
+    column = x / factor;
+    part = x % factor;
+  }
+  FASTPOSE_INLINE int64_t pixel() const { return row + column; }
+  FASTPOSE_INLINE void next() {
+    if (++part == factor) part = 0, ++column;
+    if (++x < width) return;
+    x = column = part = 0;
+    row = ++y / factor * row_length;
+  }
+};
+
 // kScale, kScalePixels, kAdd, kMultiply, kActivate and kOuter.
+template <PlanOp kOp>
 void pointwise(const PlanTask& t, int64_t tile) {
+  constexpr bool kOuter = kOp == PlanOp::kOuter;
   const Range range = pixels_of(t, tile);
-  const PlanOp op = t.step->op;
-  const int64_t channels = t.out.channels, width = t.out.width, factor = t.step->factor;
-  const bool per_pixel = op == PlanOp::kScalePixels || op == PlanOp::kOuter, product = op == PlanOp::kMultiply;
-  const PlanMap& small = op == PlanOp::kOuter ? t.gate : t.other;  // by `factor`
+  const int64_t channels = t.out.channels;
+  const PlanMap& small = kOuter ? t.gate : t.other;  // by `factor`
   const PlanAct act = t.step->act;
-  for (int64_t p = range.begin; p < range.end; ++p) {
-    const int64_t q = factor == 1 ? p : p / width / factor * small.width + p % width / factor;
-    const float* in = t.in.data + (op == PlanOp::kOuter ? 0 : p * t.in.stride);
-    const float* other = t.other.data ? t.other.data + (op == PlanOp::kOuter ? p : q) * t.other.stride : nullptr;
-    const V scale = splat(per_pixel ? t.gate.data[(op == PlanOp::kOuter ? q : p) * t.gate.stride] : 1.0f);
+  Under under(range.begin, t.out.width, t.step->factor, small.width);
+  for (int64_t p = range.begin; p < range.end; ++p, under.next()) {
+    const float* in = t.in.data + (kOuter ? 0 : p * t.in.stride);
+    const float* other = t.other.data ? t.other.data + (kOuter ? p : under.pixel()) * t.other.stride : nullptr;
+    V scale{};
+    if (kOuter || kOp == PlanOp::kScalePixels) scale = splat(t.gate.data[(kOuter ? under.pixel() : p) * t.gate.stride]);
     float* out = t.out.data + p * t.out.stride;
     for (int64_t c = 0; c < channels; c += kL) {
-      V y = load(in + c) * scale;
-      if (t.gate.data && !per_pixel) y *= load(t.gate.data + c) + t.step->constant;
-      if (other) y = product ? y * load(other + c) : y + load(other + c);
+      V y = load(in + c);
+      if (kOp == PlanOp::kScale) scale = load(t.gate.data + c) + t.step->constant;
+      if (kOuter || kOp == PlanOp::kScalePixels || kOp == PlanOp::kScale) y *= scale;
+      if (kOp == PlanOp::kMultiply) {
+        y *= load(other + c);
+      } else if (other) {
+        y += load(other + c);
+      }
       put(out + c, apply(y, act), t.out.room - c);
     }
   }
@@ -830,10 +856,9 @@ void bilinear(const PlanTask& t, int64_t tile) {
 
 void copy_map(const PlanTask& t, int64_t tile) {
   const Range range = pixels_of(t, tile);
-  const int64_t width = t.out.width, factor = t.step->factor;
-  for (int64_t p = range.begin; p < range.end; ++p) {
-    const int64_t q = factor == 1 ? p : p / width / factor * t.in.width + p % width / factor;
-    const float* in = t.in.data + q * t.in.stride;
+  Under under(range.begin, t.out.width, t.step->factor, t.in.width);
+  for (int64_t p = range.begin; p < range.end; ++p, under.next()) {
+    const float* in = t.in.data + under.pixel() * t.in.stride;
     float* out = t.out.data + p * t.out.stride;
     for (int64_t c = 0; c < t.out.channels; c += kL) put(out + c, load(in + c), t.out.room - c);
   }
@@ -851,30 +876,34 @@ void stack(const PlanTask& t) {
 void channel_stats(const PlanTask& t, int64_t tile) {
   const Range range = pixels_of(t, tile);
   const int64_t channels = t.in.channels;
+  const float factor = 1.0f / static_cast<float>(channels);
+  const V lowest = splat(-__builtin_inff());
+  IntVec<float> lane{};
+  for (int i = 0; i < kL; ++i) lane[i] = i;
   for (int64_t p = range.begin; p < range.end; ++p) {
     const float* in = t.in.data + p * t.in.stride;
-    float sum = 0, most = in[0];
+    V sum{}, most = lowest;
     int64_t c = 0;
-    if (channels >= kL) {
-      V sums{}, mosts = load(in);
-      for (; c + kL <= channels; c += kL) {
-        const V x = load(in + c);
-        sums += x;
-        mosts = larger(mosts, x);
-      }
-      most = mosts[0];
-      for (int i = 0; i < kL; ++i) {
-        sum += sums[i];
-        most = !(most >= mosts[i]) && most == most ? mosts[i] : most;
-      }
+    for (; c + kL <= channels; c += kL) {
+      const V x = load(in + c);
+      sum += x;
+      most = larger(most, x);
     }
-    for (; c < channels; ++c) {
-      sum += in[c];
-      most = !(most >= in[c]) && most == most ? in[c] : most;
+    if (c < channels) {
+      const IntVec<float> within = lane < static_cast<int>(channels - c);
+      const V x = load(in + c);
+      sum += within ? x : V{};
+      most = larger(most, within ? x : lowest);
+    }
+#pragma GCC unroll 4
+    for (int half = kL / 2; half > 0; half /= 2) {
+      const IntVec<float> turned = (lane + half) & (kL - 1);
+      sum += __builtin_shuffle(sum, turned);
+      most = larger(most, __builtin_shuffle(most, turned));
     }
     float* out = t.out.data + p * t.out.stride;
-    out[0] = sum / static_cast<float>(channels);
-    if (t.out.channels > 1) out[1] = most;
+    out[0] = sum[0] * factor;
+    if (t.out.channels > 1) out[1] = most[0];
   }
 }
 
@@ -905,7 +934,12 @@ struct PlanLevel {
       case PlanOp::kBilinear: return bilinear(t, tile);
       case PlanOp::kBand: return band(t, scratch);
       case PlanOp::kChannelStats: return channel_stats(t, tile);
-      default: return pointwise(t, tile);
+      case PlanOp::kScale: return pointwise<PlanOp::kScale>(t, tile);
+      case PlanOp::kScalePixels: return pointwise<PlanOp::kScalePixels>(t, tile);
+      case PlanOp::kAdd: return pointwise<PlanOp::kAdd>(t, tile);
+      case PlanOp::kMultiply: return pointwise<PlanOp::kMultiply>(t, tile);
+      case PlanOp::kOuter: return pointwise<PlanOp::kOuter>(t, tile);
+      default: return pointwise<PlanOp::kActivate>(t, tile);
     }
   }
 };
