@@ -47,6 +47,7 @@ REDUCTIONS = {aten.mean.dim: MEAN, aten.amax.default: MAX, aten.sum.dim_IntList:
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 VIEWS = (aten.view.default, aten.reshape.default)
 MULTIPLICATIONS = (aten.mul.Tensor, aten.mul_.Tensor)
+ENLARGE = aten.upsample_nearest2d.vec
 NOTHING = (aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
 
 
@@ -312,7 +313,7 @@ class _Lowering:
             if add is not None and len(add.args) == 2 and all(isinstance(a, fx.Node) for a in add.args):
                 other = add.args[1] if add.args[0] is last else add.args[0]
                 same = other.meta["val"].shape == add.meta["val"].shape
-                if other is not last and same and other not in self.enlarged:
+                if other is not last and same and other.target is not ENLARGE:
                     step.other, last = other, add
                     self.claimed.add(add)
         act = self.follower(last, ACTIVATIONS)
@@ -441,7 +442,7 @@ class _Lowering:
             return False
         first = cat.args[0][0]
         end = self.shuffle_after(cat) if first.meta["val"].shape == step.node.meta["val"].shape else None
-        if end is None or first in self.enlarged:
+        if end is None or first.target is ENLARGE or first in self.enlarged:
             return False
         self.claimed.add(cat)
         step.op, step.operand, step.other, step.out = INTERLEAVE, first, step.operand, end
@@ -464,9 +465,23 @@ class _Lowering:
                     step.other, step.factor = self.enlarged[step.other]
                 if step.operand in self.enlarged:
                     raise NotOptimizable(f"{self.name}: a sum of two upsampled maps is not supported")
-                self.finish(step, node, residual=False)
+                self.finish(step, self.third_addend(step, node), residual=False)
                 return
         raise NotOptimizable(f"{self.name}: the addition {node.format_node()} is not supported")
+
+    def third_addend(self, step: _Step, node: Node) -> Node:
+        """Let the addition `step` take in the one that is the only use of its result; returns its last node."""
+        more = self.follower(node, ADDITIONS)
+        if more is None or len(more.args) != 2 or more.kwargs or not all(isinstance(a, fx.Node) for a in more.args):
+            return node
+        third = more.args[1] if more.args[0] is node else more.args[0]
+        if third is node or third.meta["val"].shape != node.meta["val"].shape:
+            return node
+        if third.target is ENLARGE:
+            self.enlarge(third)  # which may come after `node`
+        step.gate, step.kernel = self.enlarged.get(third, (third, 1))
+        self.claimed.add(more)
+        return more
 
     def enlarge(self, node: Node) -> None:
         """Nearest-neighbour upsampling: left to the sums, products and concatenations that use it."""
@@ -752,7 +767,7 @@ PATTERNS: dict[Any, Callable[[_Lowering, Node], None]] = {
     aten.conv2d.default: _Lowering.convolution,
     aten.conv_transpose2d.input: _Lowering.convolution,
     **{target: _Lowering.reduction for target in REDUCTIONS},
-    aten.upsample_nearest2d.vec: _Lowering.enlarge,
+    ENLARGE: _Lowering.enlarge,
     aten.cat.default: _Lowering.concat,
     aten.conv1d.default: _Lowering.band,
     aten.unsqueeze.default: _Lowering.vector,

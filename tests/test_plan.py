@@ -147,6 +147,7 @@ class Attention(nn.Module):
         x = torch.cat([self.stem(x), self.wide(x)], 1)
         half, quarter = self.by2(x), self.by4(x)
         x = x + F.interpolate(half, scale_factor=2.0) + F.interpolate(quarter, scale_factor=4.0)
+        x = F.relu(F.interpolate(quarter, scale_factor=4.0) + x) + x + x
         return F.relu(self.attention(F.relu(x)) + x)
 
 
@@ -313,6 +314,22 @@ def test_every_instruction_set(level):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_networks_in_turn():
+    """What is kept from call to call belongs to one network and size."""
+    nets = [nn.Sequential(nn.Conv2d(3, c, 3, 1, 1), nn.Sigmoid()).eval() for c in (8, 8, 20)]
+    for net in nets:
+        net.input_multiple = 1
+    fast = [optimize(net, (8, 8)) for net in nets]
+    for size in ((8, 8), (5, 9), (8, 8)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            for net, quick in zip(nets, fast, strict=True):
+                assert relative(quick(x), net(x)) < 1e-6
+                with pytest.raises(ValueError, match="x must have 3 channels"):
+                    run_plan(x[:, :2], quick.program, quick.weights, quick.outputs)
+                assert relative(quick(x), net(x)) < 1e-6
 
 
 def test_script_and_export(tmp_path):

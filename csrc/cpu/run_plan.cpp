@@ -147,6 +147,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
         needed = 16 * out_stride;
       } else if (s.op == PlanOp::kAveragePool) {
         ok = ok && s.kernel >= 1 && s.kernel <= 64;
+      } else if (s.op == PlanOp::kAdd) {
+        ok = ok && s.kernel >= 1 && s.kernel <= 64;
       } else if (s.op == PlanOp::kBand) {
         ok = ok && s.kernel % 2 == 1 && s.kernel >= 1 && s.kernel <= 63;
         needed = s.kernel;
@@ -174,7 +176,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
          (s.op == PlanOp::kConv || s.op == PlanOp::kDeconv || s.in != plan.input);  // whose pixels are not padded
     const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ||
                        s.op == PlanOp::kCoordinateMean || s.op == PlanOp::kGroupAttention;
-    const bool may_be_gated = gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave;
+    const bool may_be_gated =
+        gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave || s.op == PlanOp::kAdd;
     const bool summed = s.op == PlanOp::kAdd || s.op == PlanOp::kMultiply;
     const bool paired =
         summed || s.op == PlanOp::kStack || s.op == PlanOp::kInterleave || s.op == PlanOp::kCoordinateMean;
@@ -304,7 +307,11 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       FASTPOSE_CHECK(gate.height == out.height && gate.width == out.width, "run_plan: images of ", height, " x ", width,
                      " give a gate of another size in step ", i);
     }
-    if (s.gate >= 0 && s.op != PlanOp::kScalePixels && s.op != PlanOp::kOuter && s.op != PlanOp::kCoordinateMean) {
+    if (s.op == PlanOp::kAdd && s.gate >= 0) {
+      const PlanMap& third = sized(s.gate);
+      FASTPOSE_CHECK(third.height * s.kernel == out.height && third.width * s.kernel == out.width,
+                     "run_plan: images of ", height, " x ", width, " give maps of different sizes in step ", i);
+    } else if (s.gate >= 0 && s.op != PlanOp::kScalePixels && s.op != PlanOp::kOuter && s.op != PlanOp::kCoordinateMean) {
       FASTPOSE_CHECK(sized(s.gate).pixels() == 1, "run_plan: a gate has pixels in step ", i);
     }
     if (s.op == PlanOp::kDepthwise && s.gate >= 0) {
@@ -332,6 +339,41 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     }
   }
   return l;
+}
+
+// What the last call of this thread worked out; the next one is likely to be for the same network and size.
+struct Prepared {
+  std::vector<int64_t> program;
+  int64_t weights = 0, height = 0, width = 0;
+  Plan plan;
+  Layout layout;
+};
+
+const Prepared& prepare(const Tensor& program, const Tensor& weights, int64_t height, int64_t width) {
+  thread_local Prepared last;
+  const bool flat = program.scalar_type() == ScalarType::Long && program.dim() == 1 && program.is_contiguous();
+  const size_t bytes = flat ? static_cast<size_t>(program.size(0)) * sizeof(int64_t) : 0;
+  const bool same = flat && weights.dim() == 1 && weights.scalar_type() == ScalarType::Float &&
+                    weights.is_contiguous() && last.weights == weights.size(0) &&
+                    last.program.size() * sizeof(int64_t) == bytes &&
+                    std::memcmp(last.program.data(), program.const_data_ptr(), bytes) == 0;
+  if (!same) {
+    last.program.clear();  // should parse throw
+    last.weights = 0;
+    last.plan = parse(program, weights);
+    last.height = 0;
+    const int64_t* numbers = static_cast<const int64_t*>(program.const_data_ptr());
+    last.program.assign(numbers, numbers + program.size(0));
+    last.weights = weights.size(0);
+  }
+  last.plan.weights = static_cast<const float*>(weights.const_data_ptr());
+  if (last.height != height || last.width != width) {
+    last.height = 0;
+    last.layout = lay_out(last.plan, height, width);
+    last.height = height;
+    last.width = width;
+  }
+  return last;
 }
 
 // About how many cycles of one core an instruction takes, to decide whether it is worth sharing.
@@ -443,11 +485,12 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
                              std::vector<int64_t> sizes) {
   FASTPOSE_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float, "run_plan: x must be float32 [B, C, H, W], got ",
                  name(x.scalar_type()), " ", shape(x));
-  const Plan plan = parse(program, weights);
+  FASTPOSE_CHECK(x.size(2) > 0 && x.size(3) > 0, "run_plan: x must have pixels, got ", shape(x));
+  const Prepared& prepared = prepare(program, weights, x.size(2), x.size(3));
+  const Plan& plan = prepared.plan;
+  const Layout& layout = prepared.layout;
   FASTPOSE_CHECK(x.size(1) == plan.channels[static_cast<size_t>(plan.input)], "run_plan: x must have ",
                  plan.channels[static_cast<size_t>(plan.input)], " channels, got ", shape(x));
-  FASTPOSE_CHECK(x.size(2) > 0 && x.size(3) > 0, "run_plan: x must have pixels, got ", shape(x));
-  const Layout layout = lay_out(plan, x.size(2), x.size(3));
   const int64_t images = x.size(0);
   FASTPOSE_CHECK(sizes.size() == 3 * plan.outputs.size(), "run_plan: outputs must hold 3 numbers for each of ",
                  plan.outputs.size(), " outputs, got ", sizes.size());

@@ -21,7 +21,9 @@ enum class PlanOp : int64_t {
   kUpsample,    // depthwise transposed 4x4 convolution, stride 2, padding 1, + bias + activation; weights [16][padded]
   kMean,        // act(mean over all pixels)
   kScale,       // act(map * (gate + constant) (+ other)), the gate one number per channel
-  kAdd,         // act(map + other); `other` may be smaller by `factor`: each of its pixels is added to a square of them
+  // act(map + other (+ gate)); `other` may be smaller by `factor`, the gate by `kernel`: each of its pixels is added to a
+  // square of them
+  kAdd,
   kActivate,    // act(map)
   kMax,         // act(maximum over all pixels)
   kSum,         // act(sum over all pixels)

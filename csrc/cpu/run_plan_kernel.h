@@ -735,9 +735,11 @@ void pointwise(const PlanTask& t, int64_t tile) {
   const PlanMap& small = kOuter ? t.gate : t.other;  // by `factor`
   const PlanAct act = t.step->act;
   Under under(range.begin, t.out.width, t.step->factor, small.width);
-  for (int64_t p = range.begin; p < range.end; ++p, under.next()) {
+  Under third(range.begin, t.out.width, kOp == PlanOp::kAdd ? t.step->kernel : 1, t.gate.width);
+  for (int64_t p = range.begin; p < range.end; ++p, under.next(), third.next()) {
     const float* in = t.in.data + (kOuter ? 0 : p * t.in.stride);
     const float* other = t.other.data ? t.other.data + (kOuter ? p : under.pixel()) * t.other.stride : nullptr;
+    const float* more = kOp == PlanOp::kAdd && t.gate.data ? t.gate.data + third.pixel() * t.gate.stride : nullptr;
     V scale{};
     if (kOuter || kOp == PlanOp::kScalePixels) scale = splat(t.gate.data[(kOuter ? under.pixel() : p) * t.gate.stride]);
     float* out = t.out.data + p * t.out.stride;
@@ -750,6 +752,7 @@ void pointwise(const PlanTask& t, int64_t tile) {
       } else if (other) {
         y += load(other + c);
       }
+      if (more) y += load(more + c);
       put(out + c, apply(y, act), t.out.room - c);
     }
   }
