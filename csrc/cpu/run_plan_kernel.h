@@ -60,7 +60,7 @@ FASTPOSE_INLINE V larger(V a, V b) { return a != a ? a : a > b ? a : b; }
 // What a tile works on: rows r of `a`, a column of the packed weights, and the same columns of bias, other and out.
 struct ConvTile {
   const float* a;
-  int64_t a_stride, depth;
+  int64_t a_stride, depth, pieces, piece_step;
   const float* weight;
   int64_t weight_stride;
   const float *bias, *other;
@@ -87,19 +87,22 @@ FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
     for (int v = 0; v < kFull; ++v) sum[r][v] = load(t.bias + v * kL);
     if (kHalf) half[r] = load_half(t.bias + kFull * kL);
   }
-  const float *a = t.a, *weight = t.weight;
-  for (int64_t k = 0; k < t.depth; ++k, ++a, weight += t.weight_stride) {
-    V w[kFull > 0 ? kFull : 1];
-    Half h{};
+  const float* weight = t.weight;
+  for (int64_t piece = 0; piece < t.pieces; ++piece) {
+    const float* a = t.a + piece * t.piece_step;
+    for (int64_t k = 0; k < t.depth; ++k, ++a, weight += t.weight_stride) {
+      V w[kFull > 0 ? kFull : 1];
+      Half h{};
 #pragma GCC unroll 2
-    for (int v = 0; v < kFull; ++v) w[v] = load(weight + v * kL);
-    if (kHalf) h = load_half(weight + kFull * kL);
+      for (int v = 0; v < kFull; ++v) w[v] = load(weight + v * kL);
+      if (kHalf) h = load_half(weight + kFull * kL);
 #pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
-      const float s = a[r * t.a_stride];
+      for (int r = 0; r < kR; ++r) {
+        const float s = a[r * t.a_stride];
 #pragma GCC unroll 2
-      for (int v = 0; v < kFull; ++v) sum[r][v] += s * w[v];
-      if (kHalf) half[r] += s * h;
+        for (int v = 0; v < kFull; ++v) sum[r][v] += s * w[v];
+        if (kHalf) half[r] += s * h;
+      }
     }
   }
 #pragma GCC unroll 16
@@ -110,11 +113,26 @@ FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
   }
 }
 
+// Rows of the left matrix, `stride` apart; each consists of `pieces` runs of `depth` numbers, `piece_step` apart.
+struct Rows {
+  const float* a;
+  int64_t stride, depth, pieces = 1, piece_step = 0;
+};
+
 // kR rows, all channels.
 template <int kR>
-void conv_row_block(const float* a, int64_t a_stride, int64_t depth, const PlanTask& task, int64_t row) {
+void conv_row_block(const Rows& rows, int64_t r, const PlanTask& task, int64_t row) {
   const int64_t channels = task.out.channels, packed = pad(channels), stride = task.out.stride;
-  ConvTile t{a, a_stride, depth, nullptr, 0, nullptr, nullptr, task.other.stride, nullptr, stride, 0, task.step->act};
+  const int64_t depth = rows.pieces * rows.depth;
+  ConvTile t{};
+  t.a = rows.a + r * rows.stride;
+  t.a_stride = rows.stride;
+  t.depth = rows.depth;
+  t.pieces = rows.pieces;
+  t.piece_step = rows.piece_step;
+  t.other_stride = task.other.stride;
+  t.out_stride = stride;
+  t.act = task.step->act;
   for (int64_t n = 0; n < packed; n += kPanel) {
     t.weight_stride = packed - n < kPanel ? packed - n : kPanel;
     for (int64_t c = 0; c < t.weight_stride && n + c < channels;) {
@@ -141,13 +159,13 @@ void conv_row_block(const float* a, int64_t a_stride, int64_t depth, const PlanT
   }
 }
 
-// `rows` rows of the matrix product, for output pixels from `first` on.
-void conv_rows(const float* a, int64_t a_stride, int64_t rows, int64_t depth, const PlanTask& t, int64_t first) {
+// `count` rows of the matrix product, for output pixels from `first` on.
+void conv_rows(const Rows& rows, int64_t count, const PlanTask& t, int64_t first) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) conv_row_block<kRows>(a + r * a_stride, a_stride, depth, t, first + r);
-  for (; r + 6 <= rows; r += 6) conv_row_block<6>(a + r * a_stride, a_stride, depth, t, first + r);
-  for (; r + 4 <= rows; r += 4) conv_row_block<4>(a + r * a_stride, a_stride, depth, t, first + r);
-  for (; r < rows; ++r) conv_row_block<1>(a + r * a_stride, a_stride, depth, t, first + r);
+  for (; r + kRows <= count; r += kRows) conv_row_block<kRows>(rows, r, t, first + r);
+  for (; r + 6 <= count; r += 6) conv_row_block<6>(rows, r, t, first + r);
+  for (; r + 4 <= count; r += 4) conv_row_block<4>(rows, r, t, first + r);
+  for (; r < count; ++r) conv_row_block<1>(rows, r, t, first + r);
 }
 
 // In whole vectors: up to kL - 1 numbers more are read and written. Copies go forward, so the next one repairs that,
@@ -178,26 +196,37 @@ FASTPOSE_INLINE void gather(const PlanTask& t, int64_t k, int64_t y, int64_t x, 
 }
 
 // Dense convolution: output pixels as rows of a matrix product. A 1x1 convolution reads the map itself; otherwise the
-// k * k input pixels under each output pixel are gathered into `scratch` first, which costs 1 / out_channels of the
-// product and turns every stride and border into the same loop.
+// k * k input pixels under each output pixel are read kernel row by kernel row or, at borders, gathered into `scratch`
+// first.
 void conv(const PlanTask& t, int64_t tile, float* scratch) {
   const PlanStep& s = *t.step;
   const int64_t begin = tile * t.tile_rows, pixels = t.out.pixels();
   const int64_t end = begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels;
   const int64_t channels = t.in.channels;
   if (s.kernel == 1 && s.stride == 1) {
-    conv_rows(t.in.data + begin * t.in.stride, t.in.stride, end - begin, channels, t, begin);
+    conv_rows({t.in.data + begin * t.in.stride, t.in.stride, channels}, end - begin, t, begin);
     return;
   }
-  const int64_t depth = s.kernel * s.kernel * channels;
+  const int64_t k = s.kernel, depth = k * k * channels;
+  const bool dense = t.in.stride == channels;  // a kernel row's pixels are neighbours in memory
+  int64_t y = begin / t.out.width, x = begin % t.out.width;
   for (int64_t first = begin; first < end; first += kRows) {
     const int64_t rows = end - first < kRows ? end - first : kRows;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t y = (first + r) / t.out.width * s.stride - s.padding;
-      const int64_t x = (first + r) % t.out.width * s.stride - s.padding;
-      gather(t, s.kernel, y, x, scratch + r * depth);
+    const int64_t top = y * s.stride - s.padding, left = x * s.stride - s.padding;
+    const bool inside = top >= 0 && left >= 0 && top + k <= t.in.height && x + rows <= t.out.width &&
+                        left + (rows - 1) * s.stride + k <= t.in.width;
+    if (dense && inside) {
+      const float* corner = t.in.data + (top * t.in.width + left) * channels;
+      conv_rows({corner, s.stride * channels, k * channels, k, t.in.width * channels}, rows, t, first);
+      x += rows;
+      if (x == t.out.width) x = 0, ++y;
+      continue;
     }
-    conv_rows(scratch, depth, rows, depth, t, first);
+    for (int64_t r = 0; r < rows; ++r) {
+      gather(t, k, y * s.stride - s.padding, x * s.stride - s.padding, scratch + r * depth);
+      if (++x == t.out.width) x = 0, ++y;
+    }
+    conv_rows({scratch, depth, depth}, rows, t, first);
   }
 }
 
@@ -266,7 +295,7 @@ void winograd(const PlanTask& t, int64_t tile, float* scratch) {
     for (int64_t k = 0; k < 36; ++k) {
       product.weight = t.weight + k * in_channels * packed;
       product.out.data = sums + k * kSquares * packed;
-      conv_rows(inputs + k * kSquares * in_packed, in_packed, count, in_channels, product, 0);
+      conv_rows({inputs + k * kSquares * in_packed, in_packed, in_channels}, count, product, 0);
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t top = (first + i) / across * 4, left = (first + i) % across * 4;
@@ -307,7 +336,7 @@ void deconv(const PlanTask& t, int64_t tile, float* scratch) {
       for (int64_t x = 0; x < width; x += kRows) {
         const int64_t rows = width - x < kRows ? width - x : kRows;
         for (int64_t r = 0; r < rows; ++r) gather(t, 2, y - 1 + a, x + r - 1 + b, scratch + r * depth);
-        conv_rows(scratch, depth, rows, depth, phase, x);
+        conv_rows({scratch, depth, depth}, rows, phase, x);
       }
     }
   }
