@@ -8,7 +8,7 @@ IMAGE ?= demo/astronaut.png
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 RUN = $(VENV)/bin/python
 CONSTRAINTS = .ci/constraints.txt
-SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp) setup.py
+SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
 .PHONY: demo test abi lint clean build
 
