@@ -176,13 +176,15 @@ std::tuple<Tensor, Tensor, Tensor> ghost_cheap_backward(const Tensor& grad, cons
     using T = decltype(t);
     const Tensor dz = gradient_before_activation<T>(device, op, a, grad, cheap_half(grad, a.channels), x);
     a.y = View(dx);
-    launch_gradient<T>(device, op, a, View(grad), true, x, dweight, dbias,
+    // 50 sums in double do not fit the registers
+    const bool own_size = a.k < 7 || sizeof(T) < 8;
+    launch_gradient<T>(device, op, a, View(grad), own_size, x, dweight, dbias,
                        [&](const DepthwiseGradient& g, int64_t slices) {
                          switch (a.k) {
                            case 1: return launch_gradient_of_size<T, 1>(device, op, g, slices);
                            case 3: return launch_gradient_of_size<T, 3>(device, op, g, slices);
                            case 5: return launch_gradient_of_size<T, 5>(device, op, g, slices);
-                           default: return launch_gradient_of_size<T, 7>(device, op, g, slices);
+                           default: return launch_gradient_of_size<T, sizeof(T) < 8 ? 7 : 0>(device, op, g, slices);
                          }
                        });
   });
