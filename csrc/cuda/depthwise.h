@@ -42,15 +42,12 @@ __device__ Pack<T, N> load_values(const T* p, int64_t step, bool aligned) {
   return pack;
 }
 
-// Whether rows (and images, and channels) of the view begin at multiples of `values` values, as wide accesses need.
+inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Whether rows are dense and begin at multiples of `values` values, as wide accesses need.
 inline bool rows_aligned(const View& t, int64_t values, size_t bytes_per_value) {
-  return reinterpret_cast<uintptr_t>(t.data) % (static_cast<size_t>(values) * bytes_per_value) == 0 &&
-         t.n % values == 0 && t.c % values == 0 && t.h % values == 0;
-}
-// The same for pixels, whose channels are neighbours.
-inline bool pixels_aligned(const View& t, int64_t values, size_t bytes_per_value) {
-  return reinterpret_cast<uintptr_t>(t.data) % (static_cast<size_t>(values) * bytes_per_value) == 0 && t.c == 1 &&
-         t.n % values == 0 && t.h % values == 0 && t.w % values == 0;
+  return t.w == 1 && t.n % values == 0 && t.c % values == 0 && t.h % values == 0 &&
+         aligned(t.data, static_cast<size_t>(values) * bytes_per_value);
 }
 
 __device__ inline float exponential(float x) { return expf(x); }
@@ -225,7 +222,7 @@ void launch_pixels(const DeviceScope& device, const char* name, void (*kernel)(D
 // For contiguous tensors: one thread per N neighbouring pixels of x.
 template <class T, int N>
 void launch_rows(const DeviceScope& device, const char* name, void (*kernel)(Depthwise), Depthwise a) {
-  a.aligned_x = a.x.w == 1 && rows_aligned(a.x, N, sizeof(T));
+  a.aligned_x = rows_aligned(a.x, N, sizeof(T));
   const int64_t tasks = a.batch * a.channels * a.height * (a.width / N);
   launch(device, name, kernel, Grid{ceil_div(tasks, kThreads)}, kThreads, 0, a);
 }

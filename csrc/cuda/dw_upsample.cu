@@ -172,12 +172,12 @@ Tensor dw_upsample(const Tensor& x, const Tensor& weight_, const std::optional<T
     if (!fast) {
       launch_depthwise_any<T>(device, "dw_upsample", a);
     } else if (!a.channels_last) {
-      a.aligned_weight = reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
+      a.aligned_weight = aligned(a.weight, 16);
       widest_dividing<kWide / 2>(a.width, [&](auto n) {
         constexpr int N = decltype(n)::value;
         launch_rows<T, N>(device, "dw_upsample", upsample_rows<T, N>, a);
       });
-    } else if (a.channels % kWide == 0 && pixels_aligned(a.x, kWide, sizeof(T))) {
+    } else if (a.channels % kWide == 0 && aligned(a.x.data, 16)) {
       launch_pixels<T, kWide>(device, "dw_upsample", upsample_pixels<T, kWide>, a);
     } else {
       launch_pixels<T, 1>(device, "dw_upsample", upsample_pixels<T, 1>, a);

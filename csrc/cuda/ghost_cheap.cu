@@ -151,7 +151,7 @@ Tensor ghost_cheap(const Tensor& x, const Tensor& weight_, const std::optional<T
         constexpr int V = decltype(n)::value;
         launch_rows<T, V>(device, "ghost_cheap", ghost_rows<T, V>, a);
       });
-    } else if (a.channels % kWide == 0 && pixels_aligned(a.x, kWide, sizeof(T))) {
+    } else if (a.channels % kWide == 0 && aligned(a.x.data, 16)) {
       launch_pixels<T, kWide>(device, "ghost_cheap", ghost_pixels<T, kWide>, a);
     } else {
       launch_pixels<T, 1>(device, "ghost_cheap", ghost_pixels<T, 1>, a);
