@@ -1,6 +1,7 @@
 # `make demo` and `make test` set up everything they need in $(VENV); the second run is quick.
 #   make demo [IMAGE=photo.jpg]   build, then draw a skeleton on a photo -> demo/
 #   make test                     build, then run the test suite
+#   make cuda-check               compile the CUDA kernels with nvcc, for every architecture; needs no GPU
 #   make abi                      run the operator tests with this one binary on the lowest and the newest supported torch
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,9 +9,9 @@ IMAGE ?= demo/astronaut.png
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 RUN = $(VENV)/bin/python
 CONSTRAINTS = .ci/constraints.txt
-SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp) setup.py
+SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
-.PHONY: demo test abi lint clean build
+.PHONY: demo test abi cuda-check lint clean build
 
 demo: build
 	@mkdir -p demo
@@ -47,10 +48,13 @@ abi: build
 	  PYTHONPATH=. FASTPOSE_FUSED=1 $(VENV)-$$version/bin/python -m pytest -q tests/ops tests/test_plan.py tests/test_models.py || exit 1; \
 	done
 
+cuda-check: $(VENV)/.installed
+	@$(RUN) setup.py -q cuda_check
+
 lint:
 	@$(VENV)/bin/python -m pip install -q -c $(CONSTRAINTS) ruff mypy clang-format
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
-	@$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
+	@$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) tests/cuda/emulation.h
 
 clean:
 	rm -rf build $(VENV) demo fastpose/*.so

@@ -12,11 +12,14 @@ inline void check_floating(const char* op, const Tensor& x) {
                  op, ": x must be float32, float64, float16 or bfloat16, got ", name(type));
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 inline void check_like(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
   FASTPOSE_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", argument, " must have the dtype of x, ",
                  name(x.scalar_type()), ", got ", name(t.scalar_type()));
-  FASTPOSE_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), op, ": ", argument,
-                 " must be on the device of x");
+  FASTPOSE_CHECK(same_device(t, x), op, ": ", argument, " must be on the device of x");
 }
 
 inline void check_ghost_cheap(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -97,13 +100,14 @@ inline void check_oks_nms(const Tensor& keypoints, const Tensor& keypoint_scores
   for (const auto& [argument, tensor] : others) {
     FASTPOSE_CHECK(tensor->scalar_type() == type, op, ": ", argument, " must have the dtype of keypoints, ", name(type),
                    ", got ", name(tensor->scalar_type()));
-    FASTPOSE_CHECK(tensor->is_cpu() == keypoints.is_cpu(), op, ": ", argument, " must be on the device of keypoints");
+    FASTPOSE_CHECK(same_device(*tensor, keypoints), op, ": ", argument, " must be on the device of keypoints");
   }
   if (image_index) {
     FASTPOSE_CHECK(image_index->dim() == 1 && image_index->size(0) == n, op, ": image_index must be [N] = [", n,
                    "], got ", shape(*image_index));
     FASTPOSE_CHECK(image_index->scalar_type() == ScalarType::Long, op, ": image_index must be int64, got ",
                    name(image_index->scalar_type()));
+    FASTPOSE_CHECK(same_device(*image_index, keypoints), op, ": image_index must be on the device of keypoints");
   }
   FASTPOSE_CHECK(method == "hard" || method == "soft" || method == "parallel", op,
                  ": method must be 'hard', 'soft' or 'parallel', got '", method, "'");

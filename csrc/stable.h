@@ -69,7 +69,8 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-// New tensor of `like`'s dtype and device, contiguous or channels-last. (stable::empty costs five times as much.)
+// New tensor on the device of `like`, of its dtype (or bool, float32 or float64), contiguous or channels-last.
+// (stable::empty costs five times as much.)
 inline Tensor empty(std::initializer_list<int64_t> sizes, bool channels_last, const Tensor& like,
                     std::optional<ScalarType> dtype = std::nullopt) {
   static constexpr int kChannelsLast[4] = {1, 3, 2, 0};
@@ -86,7 +87,10 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, bool channels_last, co
   aoti_torch_get_device_type(like.get(), &device);
   aoti_torch_get_device_index(like.get(), &index);
   if (dtype) {
-    type = *dtype == ScalarType::Bool ? aoti_torch_dtype_bool() : type;
+    type = *dtype == ScalarType::Bool     ? aoti_torch_dtype_bool()
+           : *dtype == ScalarType::Double ? aoti_torch_dtype_float64()
+           : *dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
+                                          : type;
   }
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(dims, sizes.begin(), strides, type, device, index, &handle)) {

@@ -38,12 +38,15 @@ def collect() -> dict[str, Any]:
         cpu, build = _native.cpu_info(), _native.build_info()
         report["processor"] = cpu["model"] or platform.machine()
         report["instruction set"] = f"{cpu['isa']} (processor: {cpu['detected']})"
+        report["cuda kernels"] = build["cuda"]
         report["built with"] = f"{build['compiler']}, torch {build['torch']}, runs on torch {build['torch_target']}+"
     report["fused kernels"] = "loaded" if _backend.LOADED else f"not used: {_backend.WHY_NOT}"
     report["operator library"] = str(_backend.LIBRARY) if _backend.LOADED else "none"
     ops = [op for op in _backend.OPS if not op.endswith("_backward")]
-    report["ops on cpu"] = {op: "fused" if _backend.LOADED else "reference" for op in ops}
-    report["ops on cuda"] = {op: "reference" for op in ops}
+    for device in ("cpu", "cuda"):
+        report[f"ops on {device}"] = {op: "fused" if _backend.has_kernel(op, device) else "reference" for op in ops}
+    if _backend.LOADED and not _backend.has_kernel("run_plan", "cuda"):
+        report["ops on cuda"]["run_plan"] = "not there"  # an optimised network stays on the CPU
     return report
 
 

@@ -12,26 +12,12 @@
 
 #include "checks.h"
 #include "cpu/depthwise.h"
+#include "oks_nms.h"
 
 namespace fastpose {
 
-enum class NmsMethod { kHard, kSoft, kParallel };
-
-struct NmsOptions {
-  NmsMethod method = NmsMethod::kParallel;
-  bool gaussian = false;
-  double threshold = 0, overlap_threshold = 0, gaussian_sigma = 0.5, keypoint_threshold = 0.1;
-};
-
 // Up to this many poses are sorted by counting, for each, how many come before it: without branches to mispredict.
 constexpr int64_t kRankSortLimit = 64;
-
-// Where keypoints go that are not visible: so far that any similarity vanishes, while squares stay finite. That needs
-// areas to have a bound, too.
-template <class A>
-constexpr A kFarAway = sizeof(A) == 4 ? A(1e19) : A(1e150);
-template <class A>
-constexpr A kLargestArea = sizeof(A) == 4 ? A(1e24) : A(1e200);
 
 // What was given: contiguous arrays over all N poses.
 template <class A>
@@ -141,8 +127,8 @@ void nms_batch(const Tensor& keypoints, const Tensor& keypoint_scores, const Ten
   const int64_t n = scores.size(0), k = keypoints.size(1);
   std::vector<A> root_scale(static_cast<size_t>(k));
   for (int64_t i = 0; i < k; ++i) {
-    const double twice = 2 * static_cast<double>(static_cast<const A*>(sigmas.const_data_ptr())[i]);
-    root_scale[static_cast<size_t>(i)] = static_cast<A>(std::sqrt(1.4426950408889634074 / 2) / twice);
+    const double sigma = static_cast<double>(static_cast<const A*>(sigmas.const_data_ptr())[i]);
+    root_scale[static_cast<size_t>(i)] = static_cast<A>(kScaleTimesSigma / sigma);
   }
   std::vector<int64_t> order, offsets;
   group_by_image(image_index ? static_cast<const int64_t*>(image_index->const_data_ptr()) : nullptr, n, order, offsets);
@@ -189,15 +175,7 @@ std::tuple<Tensor, Tensor> oks_nms(const Tensor& keypoints, const Tensor& keypoi
   const String method(method_), decay(decay_);
   check_oks_nms(keypoints, keypoint_scores, scores, areas, sigmas, image_index, method.view(), decay.view(),
                 gaussian_sigma);
-  NmsOptions o;
-  o.method = method.view() == "hard"   ? NmsMethod::kHard
-             : method.view() == "soft" ? NmsMethod::kSoft
-                                       : NmsMethod::kParallel;
-  o.gaussian = decay.view() == "gaussian";
-  o.threshold = threshold;
-  o.keypoint_threshold = keypoint_threshold;
-  o.overlap_threshold = overlap_threshold;
-  o.gaussian_sigma = gaussian_sigma;
+  const NmsOptions o(method.view(), decay.view(), threshold, keypoint_threshold, overlap_threshold, gaussian_sigma);
   Tensor new_scores = empty({scores.size(0)}, false, scores);
   Tensor keep = empty({scores.size(0)}, false, scores, ScalarType::Bool);
   if (scores.size(0) == 0) return {new_scores, keep};

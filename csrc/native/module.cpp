@@ -46,7 +46,7 @@ py::dict build_info() {
 #else
   d["compiler"] = "gcc " __VERSION__;
 #endif
-  d["cuda"] = false;
+  d["cuda"] = FASTPOSE_CUDA;
   return d;
 }
 
@@ -82,7 +82,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Processor and build information, and grouping of keypoints; numpy arrays in and out";
   m.def("cpu_info", &cpu_info,
         "model name, 'isa' in use (after FASTPOSE_CPU_ISA) and 'detected': baseline, avx2 or avx512");
-  m.def("build_info", &build_info, "version, compiler, torch of the build, lowest torch it runs on, cuda");
+  m.def("build_info", &build_info,
+        "version, compiler, torch of the build, lowest torch it runs on, GPUs it was built for");
   m.def("group_people", &group_people, "see fastpose.grouping.group_people", py::arg("heatmaps").noconvert(),
         py::arg("tags").noconvert(), py::arg("order"), py::arg("max_people"), py::arg("detection_threshold"),
         py::arg("tag_threshold"), py::arg("window"), py::arg("refine"));

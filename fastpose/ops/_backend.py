@@ -50,6 +50,15 @@ def use_fused() -> bool:
     return LOADED
 
 
+def has_kernel(op: str, device: str) -> bool:
+    """Whether an operator has a compiled kernel for ``"cpu"`` or ``"cuda"``; without one it runs the reference there.
+
+    A library that was built without CUDA serves the CPU only. Layers need not ask: they call the operator, and torch
+    picks the kernel or the reference by the device of the tensors.
+    """
+    return LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpose::{op}", device.upper())
+
+
 def set_fused(model: nn.Module, on: bool) -> nn.Module:
     """Switch every layer of a built model to the kernels or to the reference, e.g. before a portable export.
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastpose.ops import _backend, dw_upsample, dw_upsample_reference
-from tests.conftest import TOL, assert_near, needs_kernels
+from tests.conftest import TOL, assert_near, needs_kernels, shifted
 
 ACTIVATIONS = ("none", "relu", "hardswish", "silu")
 SHAPES = [(1, 1, 1, 1), (2, 8, 7, 11), (3, 17, 5, 4), (1, 33, 1, 9), (0, 8, 4, 4), (1, 48, 16, 12), (2, 16, 2, 3)]
@@ -24,7 +24,7 @@ SETTINGS = [
 
 def oracle(x, weight, bias, activation, stride, padding, output_padding):
     """Slow and independent: float64, every input pixel scattered to the outputs it reaches."""
-    x, weight = x.double(), weight.double()
+    x, weight = x.double().cpu(), weight.double().cpu()
     b, c, h, w = x.shape
     k = weight.shape[2]
     full = torch.zeros(b, c, (h - 1) * stride + k + output_padding, (w - 1) * stride + k + output_padding).double()
@@ -35,7 +35,7 @@ def oracle(x, weight, bias, activation, stride, padding, output_padding):
             )
     z = full[:, :, padding : full.shape[2] - padding, padding : full.shape[3] - padding]
     if bias is not None:
-        z = z + bias.double()[:, None, None]
+        z = z + bias.double().cpu()[:, None, None]
     if activation == "relu":
         z = torch.where(z < 0, 0.0, z)
     elif activation == "hardswish":
@@ -45,26 +45,27 @@ def oracle(x, weight, bias, activation, stride, padding, output_padding):
     return z
 
 
-def sample(shape, k=4, dtype=torch.float32, layout="contiguous", bias=True):
-    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+def sample(shape, k=4, dtype=torch.float32, layout="contiguous", bias=True, device="cpu"):
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     elif layout == "strided":
-        x = torch.randn(shape[0], shape[1] * 2, shape[3] + 3, shape[2] + 2, dtype=torch.float64).to(dtype)
+        x = torch.randn(shape[0], shape[1] * 2, shape[3] + 3, shape[2] + 2, dtype=torch.float64).to(dtype).to(device)
         x = x[:, 1::2, 3:, :-2].transpose(2, 3)
-    weight = torch.randn(shape[1], 1, k, k, dtype=torch.float64).to(dtype)
-    return x, weight, torch.randn(shape[1], dtype=torch.float64).to(dtype) if bias else None
+    weight = torch.randn(shape[1], 1, k, k, dtype=torch.float64).to(dtype).to(device)
+    b = torch.randn(shape[1], dtype=torch.float64).to(dtype).to(device) if bias else None
+    return x, weight, b
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("dtype", list(TOL), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(shape, dtype, layout):
+def test_forward(shape, dtype, layout, device):
     for i, (k, s, p, op) in enumerate(SETTINGS):
         if (shape[2] - 1) * s - 2 * p + k + op <= 0:
             continue
         activation = ACTIVATIONS[i % 4]
-        x, weight, bias = sample(shape, k, dtype, layout, bias=i != 2)
+        x, weight, bias = sample(shape, k, dtype, layout, bias=i != 2, device=device)
         y = dw_upsample(x, weight, bias, activation, s, p, op)
         assert y.dtype == dtype
         assert_near(y, oracle(x, weight, bias, activation, s, p, op), TOL[dtype])
@@ -76,20 +77,43 @@ def test_forward(shape, dtype, layout):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("width", range(1, 14))
-def test_fast_case_at_every_width_around_the_tiles(width, activation):
-    x, weight, bias = sample((2, 16, 3, width), layout="channels_last")
+def test_fast_case_at_every_width_around_the_tiles(width, activation, device):
+    x, weight, bias = sample((2, 16, 3, width), layout="channels_last", device=device)
     y = dw_upsample(x, weight, bias, activation)
     assert_near(y, oracle(x, weight, bias, activation, 2, 1, 0), TOL[torch.float32])
 
 
-def test_large_output_that_bypasses_the_caches():
-    x, weight, bias = sample((4, 320, 36, 40), layout="channels_last")  # 29 MB of output
+def test_large_output_that_bypasses_the_caches(device):
+    x, weight, bias = sample((4, 320, 36, 40), layout="channels_last", device=device)  # 29 MB of output
     assert_near(dw_upsample(x, weight, bias), dw_upsample_reference(x, weight, bias), TOL[torch.float32])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", list(TOL), ids=str)
+def test_any_alignment(dtype, layout, device):
+    """Channels and widths around the widths of vectors, and tensors that begin in the middle of one."""
+    for channels in (8, 12, 18):
+        for width in (2, 4, 6, 8):
+            for offset in (0, 1, 2, 4):
+                x, weight, bias = (
+                    shifted(t, offset) for t in sample((2, channels, 3, width), 4, dtype, layout, device=device)
+                )
+                assert_near(dw_upsample(x, weight, bias), oracle(x, weight, bias, "relu", 2, 1, 0), TOL[dtype])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_repetitions_are_equal_to_the_bit(layout, device):
+    inputs = [t.requires_grad_() for t in sample((3, 40, 9, 6), 4, layout=layout, device=device)]
+    results = []
+    for _ in range(2):
+        y = dw_upsample(*inputs, "silu")
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_and_infinity_travel(activation):
-    x, weight, bias = sample((1, 20, 9, 11), layout="channels_last")
+def test_nan_and_infinity_travel(activation, device):
+    x, weight, bias = sample((1, 20, 9, 11), layout="channels_last", device=device)
     x[0, 3, 4, 5], x[0, 7, 0, 0] = float("nan"), float("inf")
     got = dw_upsample(x, weight, bias, activation)
     assert got[0, 3, 7:11, 9:13].isnan().all() and int(got[0, 3].isnan().sum()) == 16
@@ -98,28 +122,28 @@ def test_nan_and_infinity_travel(activation):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(activation, layout):
+def test_gradcheck(activation, layout, device):
     for k, s, p, op in ((4, 2, 1, 0), (3, 2, 1, 1), (5, 3, 2, 2), (3, 1, 1, 0)):
-        x, weight, bias = sample((2, 5, 4, 3), k, torch.float64, layout)
+        x, weight, bias = sample((2, 5, 4, 3), k, torch.float64, layout, device=device)
         inputs = [t.requires_grad_() for t in (x, weight, bias)]
         assert torch.autograd.gradcheck(lambda x, w, b: dw_upsample(x, w, b, activation, s, p, op), inputs)  # noqa: B023
 
 
 @pytest.mark.parametrize("dtype", list(TOL), ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-def test_gradients_equal_the_references(dtype, layout):
+def test_gradients_equal_the_references(dtype, layout, device):
     for shape, k, s, p, op in (
         ((2, 17, 9, 13), 4, 2, 1, 0),
         ((1, 32, 1, 1), 4, 2, 1, 0),
         ((3, 5, 6, 8), 7, 3, 2, 1),
         ((0, 4, 3, 3), 4, 2, 1, 0),
     ):
-        tensors = sample(shape, k, dtype, layout)
+        tensors = sample(shape, k, dtype, layout, device=device)
         results = []
         for fn, kind in ((dw_upsample, dtype), (dw_upsample_reference, torch.float64)):
             inputs = [t.detach().to(kind).requires_grad_() for t in tensors]
             y = fn(*inputs, "hardswish", s, p, op)
-            grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(dtype).to(kind)
+            grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device).view(y.shape).to(dtype).to(kind)
             results.append(torch.autograd.grad(y, inputs, grad))
         for got, expected in zip(*results, strict=True):
             assert got.dtype == dtype
@@ -128,9 +152,9 @@ def test_gradients_equal_the_references(dtype, layout):
 
 @needs_kernels
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(layout):
+def test_opcheck(layout, device):
     for grad in (False, True):
-        x, weight, bias = sample((2, 17, 5, 6), 4, torch.float32, layout)
+        x, weight, bias = sample((2, 17, 5, 6), 4, torch.float32, layout, device=device)
         inputs = [t.requires_grad_(grad) for t in (x, weight, bias)]
         torch.library.opcheck(torch.ops.fastpose.dw_upsample.default, (*inputs, "relu", 2, 1, 0))
         torch.library.opcheck(torch.ops.fastpose.dw_upsample.default, (inputs[0], inputs[1], None, "none", 3, 1, 1))
@@ -161,10 +185,10 @@ def test_script_export_and_compile_agree(tmp_path):
 
 
 @needs_kernels
-def test_autocast():
-    x, weight, bias = sample((1, 16, 5, 6))
+def test_autocast(device):
+    x, weight, bias = sample((1, 16, 5, 6), device=device)
     for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(device, dtype=dtype):
             y = dw_upsample(x, weight, bias, "relu")
         assert y.dtype == dtype
         assert_near(y, oracle(x, weight, bias, "relu", 2, 1, 0), 0.1)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpose.ops import _backend, ghost_cheap, ghost_cheap_reference
-from tests.conftest import TOL, assert_near, needs_kernels
+from tests.conftest import TOL, assert_near, needs_kernels, shifted
 
 ACTIVATIONS = ("none", "relu", "hardswish", "silu")
 # one pixel, odd sizes, widths around the tiles of 4 and 8, channels around the vectors, the networks' own, empty
@@ -15,7 +15,7 @@ SHAPES = [(1, 1, 1, 1), (2, 8, 17, 31), (3, 17, 5, 9), (2, 16, 8, 6), (1, 33, 1,
 
 def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Slow and independent: float64, one shifted product per tap."""
-    x, weight = x.double(), weight.double()
+    x, weight = x.double().cpu(), weight.double().cpu()
     b, c, h, w = x.shape
     k = weight.shape[2]
     m = weight.shape[0] // c
@@ -27,7 +27,7 @@ def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
             for j in range(k):
                 z[:, o] += padded[:, o // m, i : i + h, j : j + w] * weight[o, 0, i, j]
         if bias is not None:
-            z[:, o] += bias[o].double()
+            z[:, o] += bias[o].double().cpu()
     if activation == "relu":
         z = torch.where(z < 0, 0.0, z)
     elif activation == "hardswish":
@@ -37,28 +37,29 @@ def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
     return torch.cat([x, z], dim=1)
 
 
-def sample(shape, k=3, m=1, dtype=torch.float32, layout="contiguous", bias=True):
-    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+def sample(shape, k=3, m=1, dtype=torch.float32, layout="contiguous", bias=True, device="cpu"):
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     elif layout == "strided":
-        big = torch.randn(shape[0], shape[1] * 2, shape[2] + 3, shape[3] + 2, dtype=torch.float64).to(dtype)
+        big = torch.randn(shape[0], shape[1] * 2, shape[2] + 3, shape[3] + 2, dtype=torch.float64).to(dtype).to(device)
         x = big[:, ::2, 1:-2, 2:]
-    weight = torch.randn(m * shape[1], 1, k, k, dtype=torch.float64).to(dtype)
-    return x, weight, torch.randn(m * shape[1], dtype=torch.float64).to(dtype) if bias else None
+    weight = torch.randn(m * shape[1], 1, k, k, dtype=torch.float64).to(dtype).to(device)
+    b = torch.randn(m * shape[1], dtype=torch.float64).to(dtype).to(device) if bias else None
+    return x, weight, b
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("dtype", list(TOL), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(shape, dtype, layout):
+def test_forward(shape, dtype, layout, device):
     for k, m, activation, bias in (
         (3, 1, "relu", True),
         (5, 2, "hardswish", True),
         (7, 1, "silu", False),
         (1, 3, "none", True),
     ):
-        x, weight, b = sample(shape, k, m, dtype, layout, bias)
+        x, weight, b = sample(shape, k, m, dtype, layout, bias, device=device)
         y = ghost_cheap(x, weight, b, activation)
         assert y.dtype == dtype
         assert torch.equal(y[:, : shape[1]], x)
@@ -75,9 +76,33 @@ def test_reference_matches_oracle():
         assert_near(ghost_cheap_reference(x, weight, bias, activation), oracle(x, weight, bias, activation), 1e-12)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", list(TOL), ids=str)
+def test_any_alignment(dtype, layout, device):
+    """Channels and widths around the widths of vectors, and tensors that begin in the middle of one."""
+    for channels, m in ((8, 1), (12, 2), (18, 1)):
+        for width in (2, 4, 6, 8):
+            for offset in (0, 1, 2, 4):
+                tensors = sample((2, channels, 3, width), 3, m, dtype, layout, device=device)
+                x, weight, bias = (shifted(t, offset) for t in tensors)
+                y = ghost_cheap(x, weight, bias)
+                assert torch.equal(y[:, :channels], x)
+                assert_near(y, oracle(x, weight, bias, "relu"), TOL[dtype])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_repetitions_are_equal_to_the_bit(layout, device):
+    inputs = [t.requires_grad_() for t in sample((3, 40, 9, 6), 3, 2, layout=layout, device=device)]
+    results = []
+    for _ in range(2):
+        y = ghost_cheap(*inputs, "silu")
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_and_infinity_travel(activation):
-    x, weight, bias = sample((1, 20, 9, 11), 3, 1, torch.float32, "channels_last")
+def test_nan_and_infinity_travel(activation, device):
+    x, weight, bias = sample((1, 20, 9, 11), 3, 1, torch.float32, "channels_last", device=device)
     x[0, 3, 4, 5], x[0, 7, 0, 0], x[0, 9, 8, 10] = float("nan"), float("inf"), float("-inf")
     got, expected = ghost_cheap(x, weight, bias, activation), ghost_cheap_reference(x, weight, bias, activation)
     assert got[0, 23, 3:6, 4:7].isnan().all() and not got[0, 24].isnan().any()
@@ -86,23 +111,29 @@ def test_nan_and_infinity_travel(activation):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(activation, layout):
+def test_gradcheck(activation, layout, device):
     for k, m in ((3, 1), (5, 2)):
-        x, weight, bias = sample((2, 5, 4, 3), k, m, torch.float64, layout)
+        x, weight, bias = sample((2, 5, 4, 3), k, m, torch.float64, layout, device=device)
         inputs = [t.requires_grad_() for t in (x, weight, bias)]
         assert torch.autograd.gradcheck(lambda x, w, b: ghost_cheap(x, w, b, activation), inputs)
 
 
 @pytest.mark.parametrize("dtype", list(TOL), ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-def test_gradients_equal_the_references(dtype, layout):
-    for shape, k, m in (((2, 17, 9, 13), 3, 1), ((1, 32, 1, 1), 3, 1), ((3, 5, 6, 8), 7, 2), ((0, 4, 3, 3), 3, 1)):
-        tensors = sample(shape, k, m, dtype, layout)
+def test_gradients_equal_the_references(dtype, layout, device):
+    for shape, k, m in (
+        ((2, 17, 9, 13), 3, 1),
+        ((1, 32, 1, 1), 3, 1),
+        ((3, 5, 6, 8), 7, 2),
+        ((2, 6, 5, 4), 5, 3),
+        ((0, 4, 3, 3), 3, 1),
+    ):
+        tensors = sample(shape, k, m, dtype, layout, device=device)
         grad = torch.randn(shape[0], shape[1] * (1 + m), *shape[2:], dtype=torch.float64)
         results = []
         for fn, kind in ((ghost_cheap, dtype), (ghost_cheap_reference, torch.float64)):
             inputs = [t.detach().to(kind).requires_grad_() for t in tensors]
-            results.append(torch.autograd.grad(fn(*inputs, "silu"), inputs, grad.to(dtype).to(kind)))
+            results.append(torch.autograd.grad(fn(*inputs, "silu"), inputs, grad.to(device).to(dtype).to(kind)))
         for got, expected in zip(*results, strict=True):
             assert got.dtype == dtype
             assert_near(got, expected, TOL[dtype] * 10)
@@ -110,17 +141,17 @@ def test_gradients_equal_the_references(dtype, layout):
 
 @needs_kernels
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(layout):
+def test_opcheck(layout, device):
     for grad in (False, True):
-        x, weight, bias = sample((2, 17, 5, 6), 3, 2, torch.float32, layout)
+        x, weight, bias = sample((2, 17, 5, 6), 3, 2, torch.float32, layout, device=device)
         inputs = [t.requires_grad_(grad) for t in (x, weight, bias)]
         torch.library.opcheck(torch.ops.fastpose.ghost_cheap.default, (*inputs, "hardswish"))
         torch.library.opcheck(torch.ops.fastpose.ghost_cheap.default, (inputs[0], inputs[1], None, "none"))
 
 
 @needs_kernels
-def test_second_derivative_is_refused():
-    x, weight, bias = sample((1, 4, 3, 3), dtype=torch.float64)
+def test_second_derivative_is_refused(device):
+    x, weight, bias = sample((1, 4, 3, 3), dtype=torch.float64, device=device)
     x.requires_grad_()
     (g,) = torch.autograd.grad(ghost_cheap(x, weight, bias, "silu").square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="has no gradient"):
@@ -153,10 +184,10 @@ def test_script_export_and_compile_agree(tmp_path):
 
 
 @needs_kernels
-def test_autocast():
-    x, weight, bias = sample((1, 16, 5, 6))
+def test_autocast(device):
+    x, weight, bias = sample((1, 16, 5, 6), device=device)
     for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(device, dtype=dtype):
             y = ghost_cheap(x, weight, bias, "relu")
         assert y.dtype == dtype
         assert_near(y, oracle(x, weight, bias, "relu"), 0.1)

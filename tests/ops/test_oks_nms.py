@@ -39,9 +39,11 @@ def f64(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def run(method, decay="linear", fn=oks_nms, **settings):
+def run(method, decay="linear", fn=oks_nms, device="cpu", **settings):
+    """The worked example; results on the CPU."""
     scores = rescore(KEYPOINT_SCORES, BOX_SCORES)
-    return fn(KEYPOINTS, KEYPOINT_SCORES, scores, AREAS, SIGMAS, method=method, decay=decay, **settings)
+    inputs = [t.to(device) for t in (KEYPOINTS, KEYPOINT_SCORES, scores, AREAS, SIGMAS)]
+    return tuple(t.cpu() for t in fn(*inputs, method=method, decay=decay, **settings))
 
 
 def test_rescore_is_equation_6():
@@ -59,19 +61,19 @@ def test_rescore_is_equation_6():
         ("hard", "linear", [0.855, 0.0, 0.675, 0.56]),
     ],
 )
-def test_worked_example(method, decay, expected):
+def test_worked_example(method, decay, expected, device):
     threshold = 0.5 if method == "hard" else 0.0
-    new, keep = run(method, decay, threshold=threshold)
+    new, keep = run(method, decay, device=device, threshold=threshold)
     assert torch.allclose(new, f64(expected), atol=1e-11, rtol=0)
     assert keep.tolist() == [v > 0 for v in expected]
 
 
-def test_hard_thresholds_of_the_worked_example():
-    assert run("hard", threshold=0.9)[1].tolist() == [True] * 4
-    assert run("hard", threshold=0.3)[1].tolist() == [True, False, True, True]
+def test_hard_thresholds_of_the_worked_example(device):
+    assert run("hard", device=device, threshold=0.9)[1].tolist() == [True] * 4
+    assert run("hard", device=device, threshold=0.3)[1].tolist() == [True, False, True, True]
     # OKS of poses 0 and 1, planted just under and just over
-    assert run("hard", threshold=0.799828204186 + 1e-9)[1].tolist() == [True] * 4
-    assert run("hard", threshold=0.799828204186 - 1e-9)[1].tolist() == [True, False, True, True]
+    assert run("hard", device=device, threshold=0.799828204186 + 1e-9)[1].tolist() == [True] * 4
+    assert run("hard", device=device, threshold=0.799828204186 - 1e-9)[1].tolist() == [True, False, True, True]
 
 
 def matrix_nms_oracle(overlap, scores, method, decay, threshold=0.5, sigma=0.5):
@@ -120,7 +122,7 @@ def oks_oracle(keypoints, visible, areas, sigmas):
 
 
 @pytest.mark.parametrize(("method", "decay"), METHODS)
-def test_compensation_and_order_change(method, decay):
+def test_compensation_and_order_change(method, decay, device):
     """A matrix with overlaps .8, .3, .6 and .5: pose 2 is excused for overlapping the suppressed pose 1."""
     matrix = [[1, 0.8, 0.3, 0], [0.8, 1, 0.6, 0], [0.3, 0.6, 1, 0.5], [0, 0, 0.5, 1]]
     scores = [0.9, 0.8, 0.7, 0.6]
@@ -134,11 +136,9 @@ def test_compensation_and_order_change(method, decay):
     assert np.allclose(matrix_nms_oracle(matrix, scores, method, decay), expected, atol=1e-11)
     keypoints, keypoint_scores = poses_with_overlaps(matrix)
     k = keypoints.shape[1]
-    new, _ = oks_nms(
-        keypoints, keypoint_scores, f64(scores), f64([1.0] * 4), f64([0.1] * k), method=method, decay=decay,
-        threshold=0.5 if method == "hard" else 0.0,
-    )  # fmt: skip
-    assert np.allclose(new.numpy(), expected, atol=1e-11)
+    inputs = [t.to(device) for t in (keypoints, keypoint_scores, f64(scores), f64([1.0] * 4), f64([0.1] * k))]
+    new, _ = oks_nms(*inputs, method=method, decay=decay, threshold=0.5 if method == "hard" else 0.0)
+    assert np.allclose(new.cpu().numpy(), expected, atol=1e-11)
 
 
 def poses_with_overlaps(matrix):
@@ -153,7 +153,7 @@ def poses_with_overlaps(matrix):
     return keypoints, keypoint_scores
 
 
-def random_poses(n, k=17, dtype=torch.float64, images=3):
+def random_poses(n, k=17, dtype=torch.float64, images=3, device="cpu"):
     g = torch.Generator().manual_seed(n)
     keypoints = torch.randn(n, k, 2, generator=g, dtype=torch.float64) * 4 + 100
     keypoint_scores = torch.rand(n, k, generator=g, dtype=torch.float64)
@@ -161,27 +161,20 @@ def random_poses(n, k=17, dtype=torch.float64, images=3):
     areas = torch.rand(n, generator=g, dtype=torch.float64) * 9000
     sigmas = torch.rand(k, generator=g, dtype=torch.float64) * 0.1 + 0.02
     image = torch.randint(0, images, (n,), generator=g) * 7 - 5
-    return [t.to(dtype) for t in (keypoints, keypoint_scores, scores, areas, sigmas)], image
+    tensors = [t.to(dtype).to(device) for t in (keypoints, keypoint_scores, scores, areas, sigmas)]
+    return tensors, image.to(device)
 
 
 @pytest.mark.parametrize("fn", [oks_nms, oks_nms_reference], ids=["op", "reference"])
 @pytest.mark.parametrize(("method", "decay"), METHODS)
 @pytest.mark.parametrize("n", [0, 1, 2, 15, 16, 17, 60])
-def test_equals_the_loop_oracle_image_by_image(n, method, decay, fn):
+def test_equals_the_loop_oracle_image_by_image(n, method, decay, fn, device):
     (keypoints, keypoint_scores, scores, areas, sigmas), image = random_poses(n)
     threshold = 0.4 if method == "hard" else 0.0
-    new, keep = fn(
-        keypoints,
-        keypoint_scores,
-        scores,
-        areas,
-        sigmas,
-        image_index=image,
-        method=method,
-        decay=decay,
-        threshold=threshold,
-    )
+    inputs = [t.to(device) for t in (keypoints, keypoint_scores, scores, areas, sigmas)]
+    new, keep = fn(*inputs, image_index=image.to(device), method=method, decay=decay, threshold=threshold)
     assert new.shape == keep.shape == (n,) and keep.dtype == torch.bool
+    new, keep = new.cpu(), keep.cpu()
     for i in image.unique().tolist():
         at = (image == i).nonzero()[:, 0]
         matrix = oks_oracle(
@@ -194,13 +187,30 @@ def test_equals_the_loop_oracle_image_by_image(n, method, decay, fn):
 
 
 @pytest.mark.parametrize(("method", "decay"), METHODS)
-def test_float32_and_permutation(method, decay):
-    tensors, image = random_poses(70, dtype=torch.float32)
-    tensors[2] = torch.randperm(70, generator=torch.Generator().manual_seed(1)).float() / 70  # distinct scores
+@pytest.mark.parametrize("k", [0, 17, 133])
+def test_images_of_every_size_together(k, method, decay, device):
+    """From one pose to more than fit into the fastest memory, in any order, and all poses in one image."""
+    sizes = [1, 5, 6, 7, 12, 1, 22, 23, 30] if k > 100 else [1, 39, 40, 41, 42, 1, 83, 2, 31, 32, 33, 160, 40]
+    image = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    tensors, _ = random_poses(len(image), k)
+    order = torch.randperm(len(image), generator=torch.Generator().manual_seed(3))
+    settings = {"method": method, "decay": decay, "threshold": 0.4 if method == "hard" else 0.0}
+    for index in (image, image[order] * 1000 - 5, None):
+        some = tensors if index is not None else [*(t[: max(sizes)] for t in tensors[:4]), tensors[4]]
+        on_device = None if index is None else index.to(device)
+        new, keep = oks_nms(*(t.to(device) for t in some), image_index=on_device, **settings)
+        expected, expected_keep = oks_nms_reference(*some, image_index=index, **settings)
+        assert torch.allclose(new.cpu(), expected, atol=1e-11) and torch.equal(keep.cpu(), expected_keep)
+
+
+@pytest.mark.parametrize(("method", "decay"), METHODS)
+def test_float32_and_permutation(method, decay, device):
+    tensors, image = random_poses(70, dtype=torch.float32, device=device)
+    tensors[2] = torch.randperm(70, generator=torch.Generator().manual_seed(1)).float().to(device) / 70  # all distinct
     exact = oks_nms(*(t.double() for t in tensors), image_index=image, method=method, decay=decay)[0]
     new, keep = oks_nms(*tensors, image_index=image, method=method, decay=decay)
     assert torch.allclose(new.double(), exact, atol=2e-5)
-    order = torch.randperm(70, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(2)).to(device)
     moved = [t[order] for t in tensors[:4]]
     again, keep_again = oks_nms(*moved, tensors[4], image_index=image[order], method=method, decay=decay)
     assert torch.equal(again, new[order]) and torch.equal(keep_again, keep[order])
@@ -208,7 +218,7 @@ def test_float32_and_permutation(method, decay):
 
 @pytest.mark.parametrize("fn", [oks_nms, oks_nms_reference], ids=["op", "reference"])
 @pytest.mark.parametrize(("method", "decay"), METHODS)
-def test_odd_inputs_are_defined(method, decay, fn):
+def test_odd_inputs_are_defined(method, decay, fn, device):
     nan, inf = float("nan"), float("inf")
     keypoints = torch.zeros(6, 2, 2).double()
     keypoints[4, 0, 0], keypoints[4, 1, 1] = nan, inf  # no usable keypoint: duplicates nobody
@@ -217,7 +227,8 @@ def test_odd_inputs_are_defined(method, decay, fn):
     scores = f64([0.5, 0.5, nan, 0.4, 0.3, 0.2])
     areas = f64([0.0, 0.0, 5.0, nan, 10.0, -3.0])
     sigmas = f64([0.1, 0.1])
-    new, keep = fn(keypoints, confidence, scores, areas, sigmas, method=method, decay=decay)
+    inputs = [t.to(device) for t in (keypoints, confidence, scores, areas, sigmas)]
+    new, keep = fn(*inputs, method=method, decay=decay)
     assert not new.isnan().any()
     assert new[0] == 0.5 and keep[0]  # of equals the lower index wins
     assert new[2] == 0 and not keep[2]  # NaN score: dropped, and suppresses nobody
@@ -227,8 +238,8 @@ def test_odd_inputs_are_defined(method, decay, fn):
 
 
 @pytest.mark.parametrize("method", ["hard", "soft", "parallel"])
-def test_batch_equals_single_images(method):
-    tensors, image = random_poses(200, images=25)
+def test_batch_equals_single_images(method, device):
+    tensors, image = random_poses(200, images=25, device=device)
     together = oks_nms(*tensors, image_index=image, method=method)
     for i in image.unique().tolist():
         at = image == i
@@ -251,12 +262,12 @@ def test_threads_change_nothing():
 
 
 @needs_kernels
-def test_opcheck_and_autocast():
-    tensors, image = random_poses(9, dtype=torch.float32)
+def test_opcheck_and_autocast(device):
+    tensors, image = random_poses(9, dtype=torch.float32, device=device)
     op = torch.ops.fastpose.oks_nms.default
     torch.library.opcheck(op, (*tensors, image, "parallel", "linear", 0.0, 0.1, 0.0, 0.5))
     torch.library.opcheck(op, (*tensors, None, "hard", "linear", 0.5, 0.1, 0.0, 0.5))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         new, _ = oks_nms(tensors[0].bfloat16(), *tensors[1:])
     assert new.dtype == torch.float32
 

@@ -1,0 +1,176 @@
+"""What only a CUDA device has: streams, graphs, several devices, memory that runs out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpose.ops import dw_upsample, dw_upsample_reference, ghost_cheap, ghost_cheap_reference, oks_nms
+from tests.conftest import CUDA_REASON
+from tests.ops.test_oks_nms import METHODS, random_poses
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(CUDA_REASON), reason=CUDA_REASON)]
+
+
+def sample(device="cuda", layout=torch.contiguous_format, batch=2):
+    x = torch.randn(batch, 48, 16, 12, device=device).contiguous(memory_format=layout)
+    return x, torch.randn(48, 1, 4, 4, device=device), torch.randn(48, 1, 3, 3, device=device)
+
+
+def busy(cycles=50_000_000):
+    """Keeps the current stream occupied, so that work on a wrong stream would overtake it."""
+    torch.cuda._sleep(cycles)
+
+
+def test_runs_on_the_current_stream():
+    x, w4, w3 = sample()
+    tensors, image = random_poses(60, dtype=torch.float32, device="cuda")
+    expected = (dw_upsample(x, w4), ghost_cheap(x, w3), *oks_nms(*tensors, image_index=image))
+    late = torch.full_like(x, float("nan"))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        busy()
+        late.copy_(x)
+        got = (dw_upsample(late, w4), ghost_cheap(late, w3), *oks_nms(*tensors, image_index=image))
+        torch.cuda.current_stream().synchronize()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_forward_and_backward_in_a_graph(layout):
+    x, w4, w3 = sample(layout=layout)
+    inputs = [t.requires_grad_() for t in (x, w4, w3)]
+
+    def step():
+        y = dw_upsample(ghost_cheap(x, w3, None, "silu")[:, :48], w4, None, "hardswish")
+        return y, *torch.autograd.grad(y.square().sum(), inputs)
+
+    graph, results = capture(step)
+    for _ in range(2):
+        with torch.no_grad():
+            for t in inputs:
+                t.copy_(torch.randn_like(t))
+        graph.replay()
+        for got, expected in zip(results, step(), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("method", "decay"), METHODS)
+@pytest.mark.parametrize("n", [30, 500])
+def test_nms_in_a_graph_follows_the_images(n, method, decay):
+    """Capture fails if anything waits for the device; a replay must see new images, whose sizes are others."""
+    tensors, image = random_poses(n, dtype=torch.float32, device="cuda")
+    graph, results = capture(lambda: oks_nms(*tensors, image_index=image, method=method, decay=decay))
+    for images in (1, 3, n):
+        image.copy_(torch.randint(0, images, (n,)))
+        tensors[2].copy_(torch.rand(n))
+        graph.replay()
+        for got, expected in zip(
+            results, oks_nms(*tensors, image_index=image, method=method, decay=decay), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+def capture(step):
+    """(graph, its results) of a function without arguments, after a warm-up on another stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+def test_nothing_waits_for_the_device():
+    x, w4, w3 = sample()
+    tensors, image = random_poses(200, dtype=torch.float32, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dw_upsample(x, w4)
+        ghost_cheap(x, w3)
+        for method in ("hard", "soft", "parallel"):
+            oks_nms(*tensors, image_index=image, method=method)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_other_device_than_the_current_one():
+    x, w4, w3 = sample("cuda:1")
+    tensors, image = random_poses(60, dtype=torch.float32, device="cuda:1")
+    with torch.cuda.device(0):
+        got = dw_upsample(x, w4), ghost_cheap(x, w3)
+        keep = oks_nms(*tensors, image_index=image)[1]
+        assert torch.cuda.current_device() == 0
+    assert torch.allclose(got[0], dw_upsample_reference(x, w4), atol=1e-4)
+    assert torch.allclose(got[1], ghost_cheap_reference(x, w3), atol=1e-4)
+    assert keep.device == x.device
+    with pytest.raises(ValueError, match="weight must be on the device of x"):
+        dw_upsample(x, w4.to("cuda:0"))
+
+
+def test_tensors_of_several_devices_are_refused():
+    x, w4, _ = sample()
+    with pytest.raises(ValueError, match="weight must be on the device of x"):
+        dw_upsample(x, w4.cpu())
+    tensors, image = random_poses(5, device="cuda")
+    with pytest.raises(ValueError, match="image_index must be on the device of keypoints"):
+        oks_nms(*tensors, image_index=image.cpu())
+
+
+def test_out_of_memory_leaves_everything_usable():
+    x, w4, _ = sample()
+    expected = dw_upsample(x, w4)
+    huge = torch.empty(1, device="cuda").expand(1 << 17, 48, 512, 512)  # the result would take 26 TB
+    with pytest.raises(RuntimeError, match="could not allocate"):
+        dw_upsample(huge, w4)
+    assert torch.equal(dw_upsample(x, w4), expected)
+
+
+def test_more_than_two_billion_elements():
+    """Offsets beyond 32 bits, in the last image of a batch."""
+    needed = 12 << 30
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free memory")
+    _, w4, w3 = (t.half() for t in sample())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for fn, reference, weight, batch in (
+            (dw_upsample, dw_upsample_reference, w4, 115),
+            (ghost_cheap, ghost_cheap_reference, w3, 230),
+        ):
+            x = torch.zeros(batch, 48, 312, 312, dtype=torch.float16, device="cuda").contiguous(memory_format=layout)
+            x[-1] = torch.randn(48, 312, 312, device="cuda")
+            y = fn(x, weight)
+            assert y.numel() > 1 << 31
+            assert torch.allclose(y[-1:], reference(x[-1:], weight), atol=2e-2)
+            del x, y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).is_file():
+        pytest.skip("compute-sanitizer is not installed")
+    selection = "cuda and (alignment or repetitions or worked_example or odd_inputs) and not float64"
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", "--kernel-regex"]
+    command += ["kns=fastpose", sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops"]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTPOSE_FUSED": "1"}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([*command, "-k", selection], cwd=root, env=environment, capture_output=True, text=True)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
