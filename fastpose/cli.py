@@ -9,20 +9,20 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 BAD_INPUT = 2
+DRAWN_BEHIND = 4  # pictures that are being written while the next poses are found
 # what the numbers of an evaluation depend on
 EVALUATION_SETTINGS = (
     "dataset", "data", "split", "limit", "model", "weights", "predictions", "boxes", "least_score", "codec",
     "input_size", "padding", "nms", "nms_threshold", "keypoint_threshold", "no_flip_test", "evaluator",
 )  # fmt: skip
-
-Reporter = Callable[[object, object], None]  # takes a file and what is wrong with it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_models)
 
     p = commands.add_parser("info", help="versions, processor, and which kernels are used")
+    p.add_argument("--model", metavar="NAME", help="whether this network can be optimised, and if not, why")
     p.add_argument("--json", action="store_true", help="as JSON")
     p.set_defaults(run=_info)
     return parser
@@ -163,8 +164,9 @@ def _load_data(options: argparse.Namespace, **more: Any) -> Any:
 def _predict(options: argparse.Namespace) -> int:
     from fastpose.boxes import read_boxes
     from fastpose.files import write_json
-    from fastpose.images import find_images
+    from fastpose.images import ImageError, find_images, read_image
     from fastpose.pipeline import PoseEstimator
+    from fastpose.stream import run_ahead
 
     errors: list[dict[str, str]] = []
 
@@ -179,11 +181,19 @@ def _predict(options: argparse.Namespace) -> int:
         except ValueError as error:
             report(source, error)
     paths = list(dict.fromkeys(paths))
-    boxes = read_boxes(options.boxes) if options.boxes else None
+    save_images, stems = options.save_images or len(paths) == 1, Counter(path.stem for path in paths)
+    boxes: list[Any] | None = None
+    if options.boxes:
+        by_name = read_boxes(options.boxes)
+        found = {path: by_name.get(str(path), by_name.get(path.name)) for path in paths}
+        for path in [path for path in paths if found[path] is None]:
+            report(path, f"{path}: not in {options.boxes}")
+        paths = [path for path in paths if found[path] is not None]
+        boxes = [found[path] for path in paths]
     estimator = PoseEstimator(
         options.model,
         options.weights,
-        detector="none" if boxes is not None else options.detector,
+        detector="none" if options.boxes else options.detector,
         device=options.device,
         batch_size=options.batch_size,
         flip_test=False if options.no_flip_test else None,
@@ -193,27 +203,36 @@ def _predict(options: argparse.Namespace) -> int:
         print(f"fastpose: {estimator.notice}", file=sys.stderr)
 
     output = Path(options.output)
-    save_images = options.save_images or len(paths) == 1
     result = _coco_frame(options, estimator.skeleton, errors)
-    progress = tqdm(total=len(paths), unit="image", disable=options.quiet or len(paths) < 20)
-    for chunk in _chunks(paths, 16):
-        for path, image, poses in _estimate(estimator, *_read_images(chunk, boxes, options.boxes, report), report):
-            image_id = len(result["images"]) + 1
+
+    def estimates() -> Iterator[tuple[int, Path, Any]]:
+        """Number, path and poses of the images that can be used; the others are reported."""
+        number = 0
+        for path, poses in zip(paths, estimator.stream(paths, boxes), strict=True):
+            progress.update()
+            if isinstance(poses, ValueError):
+                report(path, poses if isinstance(poses, ImageError) else f"{path}: {poses}")
+                continue
+            number += 1
+            yield number, path, poses
+
+    def draw(item: tuple[int, Path, Any]) -> tuple[int, Path, Any]:
+        number, path, poses = item
+        if save_images:
+            name = f"{path.stem}_pose.png" if stems[path.stem] == 1 else f"{number:06d}_{path.stem}_pose.png"
+            poses.save(output / name, read_image(path), options.threshold)
+        return item
+
+    with tqdm(total=len(paths), unit="image", disable=options.quiet or len(paths) < 20) as progress:
+        for number, path, poses in run_ahead(draw, estimates(), DRAWN_BEHIND if save_images else 0):
             height, width = poses.image_size
-            result["images"].append({"id": image_id, "file_name": str(path), "width": width, "height": height})
-            for annotation in poses.to_coco(image_id):
+            result["images"].append({"id": number, "file_name": str(path), "width": width, "height": height})
+            for annotation in poses.to_coco(number):
                 annotation["id"] = len(result["annotations"]) + 1
                 result["annotations"].append(annotation)
             if not options.quiet and len(paths) < 20:
                 best = f", best score {poses.scores.max():.2f}" if len(poses) else ""
                 print(f"{path}: {len(poses)} {'person' if len(poses) == 1 else 'people'}{best}")
-            if save_images:
-                target = output / f"{path.stem}_pose.png"
-                if any(path.stem == other.stem and path != other for other in paths):
-                    target = output / f"{image_id:06d}_{path.stem}_pose.png"
-                poses.save(target, image, options.threshold)
-        progress.update(len(chunk))
-    progress.close()
 
     json_path = Path(options.json) if options.json else output / "poses.json"
     if result["images"] or not errors:
@@ -237,49 +256,6 @@ def _coco_frame(options: argparse.Namespace, skeleton: Any, errors: list[dict[st
     }
     info = {"model": options.model, "weights": str(options.weights)}
     return {"info": info, "images": [], "annotations": [], "categories": [category], "errors": errors}
-
-
-def _read_images(
-    paths: list[Path], boxes: dict[str, list[Any]] | None, source: str, report: Reporter
-) -> tuple[list[Path], list[Any], list[Any]]:
-    """Of the images that can be read and have an entry in `boxes`, if given: paths, pixels and entries."""
-    from fastpose.images import read_image
-
-    names, images, given = [], [], []
-    for path in paths:
-        try:
-            image = read_image(path)
-            entry = None
-            if boxes is not None:
-                entry = boxes.get(str(path), boxes.get(path.name))
-                if entry is None:
-                    raise ValueError(f"{path}: not in {source}")
-        except ValueError as error:
-            report(path, error)
-            continue
-        names.append(path)
-        images.append(image)
-        given.append(entry)
-    return names, images, given
-
-
-def _estimate(
-    estimator: Any, names: list[Path], images: list[Any], boxes: list[Any], report: Reporter
-) -> Iterator[tuple[Path, Any, Any]]:
-    """Poses of a chunk; if one image's boxes are bad, the others are still done."""
-    try:
-        yield from zip(names, images, estimator.estimate(images, boxes), strict=True)
-    except ValueError:
-        for name, image, entry in zip(names, images, boxes, strict=True):
-            try:
-                yield name, image, estimator.estimate([image], [entry])[0]
-            except ValueError as error:
-                report(name, f"{name}: {error}")
-
-
-def _chunks(items: list[Path], size: int) -> Iterator[list[Path]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -408,8 +384,8 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from fastpose.info import collect, to_text
+    from fastpose.info import collect, collect_model, to_text
 
-    report = collect()
+    report = collect_model(options.model) if options.model else collect()
     print(json.dumps(report, indent=1) if options.json else to_text(report))
     return 0

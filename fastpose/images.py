@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -43,32 +44,55 @@ def read_image(path: str | Path, upright: bool = True) -> Array:
         raise ImageError(f"{path}: the file is empty")
     if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[len(data) // 2 :]:
         raise ImageError(f"{path}: truncated JPEG (no end marker)")
-    level = _silence(cv2)
+    flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        with _SILENCE:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise ImageError(f"{path}: cannot be decoded: {str(error).strip().splitlines()[-1]}") from None
-    finally:
-        _restore(cv2, level)
     if image is None:
         raise ImageError(f"{path}: not an image that OpenCV can decode")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _silence(cv2: Any) -> Any:
-    """OpenCV logs decoder trouble to stderr; the exception says it once instead."""
-    try:
-        level = cv2.utils.logging.getLogLevel()
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    except AttributeError:  # builds without the logging bindings
-        return None
-    return level
+class _Silence:
+    """OpenCV logs decoder trouble to stderr; the exception says it once instead.
+
+    The level is one for all threads, so the first to come lowers it and the last to go restores it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.level: Any = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.level = self._set()
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self._set(self.level)
+
+    @staticmethod
+    def _set(level: Any = None) -> Any:
+        """Set the level, to silent by default; returns the one before."""
+        import cv2
+
+        try:
+            log = cv2.utils.logging
+            before = log.getLogLevel()
+            log.setLogLevel(log.LOG_LEVEL_SILENT if level is None else level)
+        except AttributeError:  # builds without the logging bindings
+            return None
+        return before
 
 
-def _restore(cv2: Any, level: Any) -> None:
-    if level is not None:
-        cv2.utils.logging.setLogLevel(level)
+_SILENCE = _Silence()
 
 
 def write_image(path: str | Path, image: Array) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import platform
+import time
 from typing import Any
 
 import torch
 
 import fastpose
+from fastpose.models import create_model
+from fastpose.models._registry import model_entry
 from fastpose.ops import _backend
+from fastpose.plan import NotOptimizable, optimize
 
 
 def collect() -> dict[str, Any]:
@@ -47,7 +51,27 @@ def collect() -> dict[str, Any]:
         report[f"ops on {device}"] = {op: "fused" if _backend.has_kernel(op, device) else "reference" for op in ops}
     if _backend.LOADED and not _backend.has_kernel("run_plan", "cuda"):
         report["ops on cuda"]["run_plan"] = "not there"  # an optimised network stays on the CPU
+    report["whole networks"] = f"{'optimised' if _backend.LOADED else 'PyTorch'}; of one: fastpose info --model NAME"
     return report
+
+
+def collect_model(name: str) -> dict[str, Any]:
+    """Whether `fastpose.optimize` takes the network called `name`, which takes some seconds to find out.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    entry = model_entry(name)
+    report: dict[str, Any] = {"model": name, "input size": list(entry.input_size)}
+    if not _backend.LOADED:
+        return report | {"optimised": False, "reason": f"the fused kernels are not available: {_backend.WHY_NOT}"}
+    start = time.perf_counter()
+    try:
+        fast = optimize(create_model(name).eval(), entry.input_size)
+    except NotOptimizable as error:
+        return report | {"optimised": False, "reason": str(error), "instead": "the network runs layer by layer"}
+    seconds = round(time.perf_counter() - start, 1)
+    return report | {"optimised": True, "instructions": int(fast.program[2]), "seconds to prepare": seconds}
 
 
 def to_text(report: dict[str, Any]) -> str:
@@ -57,5 +81,9 @@ def to_text(report: dict[str, Any]) -> str:
     for key, value in report.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
+        elif isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, list):
+            value = "x".join(map(str, value))
         lines.append(f"{key:<{width}}  {value}")
     return "\n".join(lines)

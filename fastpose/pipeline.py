@@ -1,10 +1,12 @@
 """`PoseEstimator`: images in, poses out.
 
-Top-down: image -> boxes (given or detected) -> crops of all images batched through the network -> heatmap decoding ->
-original pixels -> rescoring -> one OKS-NMS call for all images -> `Poses`.
+Top-down: image -> boxes (given or detected) -> crops, batched across images, through the network -> heatmap decoding ->
+original pixels -> rescoring -> OKS-NMS -> `Poses`.
 
 Bottom-up: image -> resized as a whole through the network -> heatmaps and tags -> grouping -> original pixels ->
 `Poses`.
+
+Everything before the network runs ahead of it in other threads. An image is a `_Job` on this way, see `_run`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,22 +29,58 @@ from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec, get_
 from fastpose.data.base import boxes_of_keypoints
 from fastpose.detect import Detector, make_detector, whole_image
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop, whole_image_matrix
-from fastpose.images import Array, to_rgb
+from fastpose.images import Array, ImageError, to_rgb
 from fastpose.layers import channels_last
 from fastpose.models._registry import create_from, is_bottom_up, read_weights
 from fastpose.ops import oks_nms, rescore, use_fused
+from fastpose.ops._backend import WHY_NOT
 from fastpose.plan import NotOptimizable
 from fastpose.plan import optimize as fastpose_optimize
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize
 from fastpose.skeletons import Skeleton
+from fastpose.stream import run_ahead
 
 # preparing an optimised network costs about as much as it saves on so many crops
 OPTIMIZE_AFTER = 128
+WHOLE_IMAGE = 8  # crops that have about as many pixels as the input of a bottom-up network
+AHEAD = 32  # at most so many images are read ahead of the network, and so many crops of one image cut
 
 
 class BoxError(ValueError):
     """Boxes that cannot be used; the message says which and why."""
+
+
+Results = Generator[Poses | ImageError | BoxError, None, None]
+
+
+@dataclass(eq=False)
+class _Job:
+    """An image on its way to its poses."""
+
+    given: Any  # boxes, or None
+    image: Array  # RGB, or empty once it is no longer needed
+    size: tuple[int, int] = (0, 0)  # of the image
+    error: ImageError | BoxError | None = None
+    boxes: Array = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    box_scores: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    matrices: list[Array] = field(default_factory=list)  # from the image to each crop
+    input_size: tuple[int, int] = (0, 0)  # of the crops
+    antialias: bool = True
+    ready: list[Array] = field(default_factory=list)  # the first crops
+    outputs: list[tuple[Array, Array]] = field(default_factory=list)  # what the codec found in each crop
+
+    def cut(self) -> None:
+        """Cut the crops; of very many only the first, to spare memory."""
+        self.ready = [self._warp(matrix) for matrix in self.matrices[:AHEAD]]
+        if len(self.ready) == len(self.matrices):
+            self.image = self.image[:0]
+
+    def crop(self, i: int) -> Array:
+        return self.ready[i] if i < len(self.ready) else self._warp(self.matrices[i])
+
+    def _warp(self, matrix: Array) -> Array:
+        return warp_crop(self.image, matrix, self.input_size, self.antialias)
 
 
 class PoseEstimator:
@@ -72,6 +112,9 @@ class PoseEstimator:
         padding: crop side in units of the box's longer side.
         codec: ``"softmax"``, ``"msra"``, ``"dark"``, ``"udp"``, ``"associative"`` or an instance from
             `fastpose.codecs`.
+
+    Attributes:
+        not_optimized: why the network is not run through `fastpose.optimize`; empty if it is, or will be once it pays.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: unknown model or detector, weights missing or unfit, settings that
@@ -117,10 +160,17 @@ class PoseEstimator:
         self.model = channels_last(network.to(self.device))
         if optimize:
             self.model = fastpose_optimize(self.model, self.info.input_size)
-        pays = optimize is None and self.device.type == "cpu" and use_fused()
-        self._crops_until_optimized = OPTIMIZE_AFTER if pays else math.inf
+        self.not_optimized = ""
+        if optimize is False:
+            self.not_optimized = "switched off by optimize=False"
+        elif not optimize and self.device.type != "cpu":
+            self.not_optimized = f"the network runs on {self.device}, not on a CPU"
+        elif not use_fused():
+            self.not_optimized = WHY_NOT
+        self._crops_until_optimized = math.inf if optimize or self.not_optimized else OPTIMIZE_AFTER
         self.bottom_up = isinstance(self.info.codec, AssociativeEmbeddingCodec)
         self.detector, self.notice = make_detector("none" if self.bottom_up else detector)
+        self.own_detector = callable(detector) and not self.bottom_up
         self.try_whole_image = not self.bottom_up and isinstance(detector, str) and detector == "auto"
         self.batch_size = batch_size
         self.flip_test = self.info.flip_test if flip_test is None else flip_test
@@ -145,103 +195,200 @@ class PoseEstimator:
             ImageError: an image that cannot be used. BoxError: boxes that are not finite, are inverted or lie outside
             the image. Both are ValueErrors.
         """
-        single = not isinstance(images, (list, tuple))
-        image_list = [images] if single else list(images)
-        box_list = [boxes] if single else [None] * len(image_list) if boxes is None else list(boxes)
-        if len(box_list) != len(image_list):
-            raise BoxError(f"boxes must be a list of one entry per image, {len(image_list)}, got {len(box_list)}")
-        arrays = [to_rgb(image, self.channel_order) for image in image_list]
-        results = self.estimate(arrays, box_list)
-        return results[0] if single else results
+        if not isinstance(images, (list, tuple)):
+            return _all_poses(self._run([(images, boxes)], self.channel_order))[0]
+        return _all_poses(self.stream(images, boxes))
 
-    def estimate(self, images: list[Array], boxes: Sequence[Any]) -> list[Poses]:
+    def estimate(self, images: Sequence[Array], boxes: Sequence[Any]) -> list[Poses]:
         """The same for RGB arrays [H, W, 3] and one entry of boxes (or None) per image."""
-        if isinstance(self.info.codec, AssociativeEmbeddingCodec):
-            if any(given is not None for given in boxes):
-                raise BoxError(f"{self.model_name} finds people itself and cannot be told boxes: boxes must be None")
-            return self._estimate_whole_images(images, self.info.codec)
-        found = [self._boxes(image, given) for image, given in zip(images, boxes, strict=True)]
-        counts = [len(b) for b, _, _ in found]
-        index = np.repeat(np.arange(len(images)), counts)
-        all_boxes = np.concatenate([b for b, _, _ in found]) if found else np.zeros((0, 4), np.float32)
-        box_scores = np.concatenate([s for _, s, _ in found]) if found else np.zeros(0, np.float32)
-        given = np.repeat([g for _, _, g in found], counts).astype(bool)
+        return _all_poses(self._run(_pairs(images, boxes), "rgb"))
 
-        if self.try_whole_image:
-            extra = np.array([i for i, (_, _, g) in enumerate(found) if not g], np.int64)
-            whole = [whole_image(images[i])[0] for i in extra]
-            all_boxes = np.concatenate([all_boxes, *whole])
-            box_scores = np.concatenate([box_scores, np.ones(len(extra), np.float32)])
-            index, given = np.concatenate([index, extra]), np.concatenate([given, np.zeros(len(extra), bool)])
-        keypoints, keypoint_scores = self._keypoints(images, all_boxes, index)
-        scores = rescore(
-            torch.from_numpy(keypoint_scores), torch.from_numpy(box_scores), self.keypoint_threshold
-        ).numpy()
-        keep = np.ones(len(index), bool)
-        if self.try_whole_image:
-            keep = self._whole_or_detected(keypoint_scores.mean(1), index, given, len(extra))
-        if self.nms != "none" and not given[keep].all():
-            at = np.flatnonzero(keep)
-            scores[at], keep[at] = self._suppress(
-                keypoints[at], keypoint_scores[at], scores[at], all_boxes[at], index[at], given[at]
-            )
+    def stream(self, images: Iterable[Any], boxes: Iterable[Any] | None = None) -> Results:
+        """The poses of any number of images, one after the other, in the same order.
 
-        results = []
-        for i, image in enumerate(images):
-            chosen = np.flatnonzero((index == i) & keep)
-            if len(chosen) and not given[chosen[0]]:  # detected people: best first
-                chosen = chosen[np.argsort(-scores[chosen], kind="stable")]
-            size = (image.shape[0], image.shape[1])
-            results.append(
-                Poses(
-                    keypoints[chosen], keypoint_scores[chosen], all_boxes[chosen], scores[chosen], size, self.skeleton
-                )
-            )
-        return results
+        Files are read, people detected and crops cut in threads of their own, up to 32 images ahead of the network (a
+        detector of your own is called in this thread). Its batches are filled across images. Memory does not grow with
+        the number of images, and one may stop at any time.
+
+        Args:
+            images: what a call takes, in a list, a generator or the like.
+            boxes: as many entries, [P, 4] or None each.
+
+        Yields:
+            `Poses`, or the error in this image or its boxes.
+
+        Raises:
+            ValueError: a single image; another number of boxes than images, which of generators shows at the end only.
+        """
+        if isinstance(images, (str, Path)) or hasattr(images, "shape"):
+            raise ValueError(f"stream takes several images, in a list for example, got a {type(images).__name__}")
+        return self._run(_pairs(images, boxes), self.channel_order)
+
+    def _run(self, pairs: Iterable[tuple[Any, Any]], channel_order: str) -> Results:
+        """Images and their boxes through all steps; of a list of them all crops are treated alike, see `prepare`."""
+        if isinstance(pairs, list):
+            self.prepare(sum(self._least_crops(boxes) for _, boxes in pairs))
+        ahead = 0 if isinstance(pairs, list) and len(pairs) < 2 else min(self.batch_size, AHEAD)
+        threads = max(1, torch.get_num_threads() // 4)  # enough to keep so many busy with the network
+
+        def read(pair: tuple[Any, Any]) -> _Job:
+            return self._read(*pair, channel_order)
+
+        def read_and_find(pair: tuple[Any, Any]) -> _Job:
+            return self._find(read(pair))
+
+        work = read if self.own_detector else read_and_find
+        with contextlib.closing(run_ahead(work, pairs, ahead, threads)) as jobs:
+            yield from self._estimate(map(self._find, jobs) if self.own_detector else jobs)
+
+    def _estimate(self, jobs: Iterable[_Job]) -> Results:
+        """Take the jobs' crops through the network, in batches of one size."""
+        step = max(1, self.batch_size // WHOLE_IMAGE) if self.bottom_up else self.batch_size
+        enough = 4 * step if self.bottom_up else step  # whole images differ in size: choose among some
+        begun: deque[_Job] = deque()
+        crops: list[tuple[_Job, int]] = []  # of the jobs begun, those still to do
+
+        def finished() -> Results:
+            while begun and len(begun[0].outputs) == len(begun[0].matrices):
+                job = begun.popleft()
+                yield job.error or self._poses(job)
+
+        for job in jobs:
+            self._optimize_once_it_pays(len(job.matrices) * (WHOLE_IMAGE if self.bottom_up else 1))
+            begun.append(job)
+            crops += [(job, i) for i in range(len(job.matrices))]
+            while len(crops) >= enough or (crops and len(begun) > enough):
+                crops = self._estimate_batch(crops, step)
+            yield from finished()
+        while crops:
+            crops = self._estimate_batch(crops, step)
+        yield from finished()
+
+    def _estimate_batch(self, crops: list[tuple[_Job, int]], step: int) -> list[tuple[_Job, int]]:
+        """Take the first crop and up to `step` - 1 more of its size through the network; returns the others."""
+        size = crops[0][0].input_size
+        chosen = [c for c in crops if c[0].input_size == size][:step]
+        outputs = self._forward(np.stack([job.crop(i) for job, i in chosen]))
+        for (job, _), output in zip(chosen, outputs, strict=True):
+            job.outputs.append(output)
+        taken = set(chosen)
+        return [c for c in crops if c not in taken]
 
     @torch.inference_mode()
-    def _estimate_whole_images(self, images: list[Array], codec: AssociativeEmbeddingCodec) -> list[Poses]:
-        """Poses by a bottom-up network."""
+    def _forward(self, crops: Array) -> Sequence[tuple[Array, Array]]:
+        """What the codec finds in each of the crops, uint8 RGB [B, h, w, 3], in crop pixels."""
+        batch = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
         flip_indices = self.skeleton.flip_indices if self.flip_test else None
-        maps = [whole_image_matrix((i.shape[0], i.shape[1]), min(self.info.input_size)) for i in images]
-        of_size: dict[tuple[int, int], list[int]] = {}
-        for i, (_, size) in enumerate(maps):
-            of_size.setdefault(size, []).append(i)
-        results: dict[int, Poses] = {}
-        step = max(1, self.batch_size // 8)  # an image has about as many pixels as 8 crops
-        self._optimize_once_it_pays(8 * len(images))
-        for size, indices in of_size.items():
-            for start in range(0, len(indices), step):
-                part = indices[start : start + step]
-                resized = np.stack([warp_crop(images[i], maps[i][0], size, self.info.antialias) for i in part])
-                x = normalize(torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device))
-                x = x.contiguous(memory_format=torch.channels_last)
-                mirrored = None if flip_indices is None else self.model(x.flip(3))
-                found = codec.decode(*codec.aggregate(self.model(x), mirrored, flip_indices))
-                for i, (people, scores) in zip(part, found, strict=True):
-                    there = people[..., 2] > 0
-                    keypoints = apply_affine(invert_affine(maps[i][0]), people[..., :2].astype(np.float64))
-                    keypoints[~there] = 0
-                    best = np.argsort(-scores, kind="stable")
-                    image_size = (images[i].shape[0], images[i].shape[1])
-                    boxes = boxes_of_keypoints(keypoints, there, 0.0)
-                    poses = Poses(keypoints, people[..., 2], boxes, scores, image_size, self.skeleton)
-                    results[i] = poses[best]
-        return [results[i] for i in range(len(images))]
+        codec = self.info.codec
+        if isinstance(codec, AssociativeEmbeddingCodec):
+            x = normalize(batch).contiguous(memory_format=torch.channels_last)
+            mirrored = None if flip_indices is None else self.model(x.flip(3))
+            return codec.decode(*codec.aggregate(self.model(x), mirrored, flip_indices))
+        assert isinstance(codec, HeatmapCodec)
+        points, scores = estimate_crops(self.model, batch, codec, flip_indices)
+        return list(zip(points.cpu().numpy(), scores.cpu().numpy(), strict=True))
 
-    def _boxes(self, image: Array, given: Any) -> tuple[Array, Array, bool]:
-        if given is not None:
-            checked = check_boxes(given, image.shape[0], image.shape[1])
-            return checked, np.ones(len(checked), np.float32), True
-        result = self.detector(image)
+    @staticmethod
+    def _read(image: Any, boxes: Any, channel_order: str) -> _Job:
+        try:
+            pixels = to_rgb(image, channel_order)
+        except ImageError as error:
+            return _Job(boxes, np.zeros(0, np.uint8), error=error)
+        return _Job(boxes, pixels, (pixels.shape[0], pixels.shape[1]))
+
+    def _find(self, job: _Job) -> _Job:
+        """Find boxes, unless they are given, and cut the crops."""
+        if job.error:
+            return job
+        try:
+            if self.bottom_up:
+                self._place_whole_image(job)
+            else:
+                self._find_boxes(job)
+                self._place_crops(job)
+        except BoxError as error:
+            job.error = error
+        else:
+            job.cut()
+        return job
+
+    def _place_whole_image(self, job: _Job) -> None:
+        if job.given is not None:
+            raise BoxError(f"{self.model_name} finds people itself and cannot be told boxes: boxes must be None")
+        matrix, job.input_size = whole_image_matrix(job.size, min(self.info.input_size))
+        job.matrices, job.antialias = [matrix], self.info.antialias
+
+    def _place_crops(self, job: _Job) -> None:
+        codec = self.info.codec
+        assert isinstance(codec, HeatmapCodec)
+        job.input_size, job.antialias = self.info.input_size, self.info.antialias
+        job.matrices = [
+            crop_matrix(box, job.input_size, self.info.padding, convention=codec.convention) for box in job.boxes
+        ]
+
+    def _find_boxes(self, job: _Job) -> None:
+        height, width = job.size
+        if job.given is not None:
+            job.boxes = check_boxes(job.given, height, width)
+            job.box_scores = np.ones(len(job.boxes), np.float32)
+            return
+        result = self.detector(job.image)
         found, scores = result if isinstance(result, tuple) else (result, None)
-        checked = check_boxes(found, image.shape[0], image.shape[1], "the detector's boxes")
-        if scores is None:
-            return checked, np.ones(len(checked), np.float32), False
-        scores = np.asarray(scores, np.float32).reshape(-1)
-        if len(scores) != len(checked):
-            raise BoxError(f"the detector returned {len(checked)} boxes and {len(scores)} scores")
-        return checked, scores, False
+        job.boxes = check_boxes(found, height, width, "the detector's boxes")
+        job.box_scores = np.ones(len(job.boxes), np.float32)
+        if scores is not None:
+            job.box_scores = np.asarray(scores, np.float32).reshape(-1)
+            if len(job.box_scores) != len(job.boxes):
+                raise BoxError(f"the detector returned {len(job.boxes)} boxes and {len(job.box_scores)} scores")
+        if self.try_whole_image:
+            whole, score = whole_image(job.image)
+            job.boxes = np.concatenate([job.boxes, whole])
+            job.box_scores = np.concatenate([job.box_scores, score])
+
+    def _poses(self, job: _Job) -> Poses:
+        """The poses of an image, from what the codec found in its crops."""
+        if self.bottom_up:
+            return self._poses_of_whole_image(job)
+        if not job.outputs:
+            return Poses.empty(job.size, self.skeleton)
+        points, keypoint_scores = (np.stack(part) for part in zip(*job.outputs, strict=True))
+        keypoints = apply_affine(invert_affine(np.stack(job.matrices)), points.astype(np.float64))
+        scores = rescore(
+            torch.from_numpy(keypoint_scores), torch.from_numpy(job.box_scores), self.keypoint_threshold
+        ).numpy()
+        poses = Poses(keypoints, keypoint_scores, job.boxes, scores, job.size, self.skeleton)
+        if job.given is not None:
+            return poses
+        if self.try_whole_image:  # the last one
+            fit = keypoint_scores.mean(1)
+            poses = poses[:-1] if len(fit) > 1 and fit[:-1].max() > fit[-1] else poses[-1]
+        if self.nms != "none":
+            poses = self._suppress(poses)
+        return poses[np.argsort(-poses.scores, kind="stable")]
+
+    def _poses_of_whole_image(self, job: _Job) -> Poses:
+        (people, scores), matrix = job.outputs[0], job.matrices[0]
+        there = people[..., 2] > 0
+        keypoints = apply_affine(invert_affine(matrix), people[..., :2].astype(np.float64))
+        keypoints[~there] = 0
+        boxes = boxes_of_keypoints(keypoints, there, 0.0)
+        poses = Poses(keypoints, people[..., 2], boxes, scores, job.size, self.skeleton)
+        return poses[np.argsort(-scores, kind="stable")]
+
+    def _suppress(self, poses: Poses) -> Poses:
+        """Without duplicates."""
+        extent = poses.boxes[:, 2:] - poses.boxes[:, :2]
+        scores, keep = oks_nms(
+            torch.from_numpy(poses.keypoints),
+            torch.from_numpy(poses.keypoint_scores),
+            torch.from_numpy(poses.scores),
+            torch.from_numpy(extent[:, 0] * extent[:, 1]),
+            torch.tensor(self.skeleton.sigmas),
+            method=self.nms,
+            threshold=self.nms_threshold,
+            keypoint_threshold=self.keypoint_threshold,
+        )
+        return dataclasses.replace(poses, scores=scores.numpy())[keep.numpy()]
 
     def prepare(self, crops: int) -> None:
         """Optimise the network now if that pays for so many crops still to come, as far as it is possible.
@@ -250,61 +397,43 @@ class PoseEstimator:
         """
         if self._crops_until_optimized < crops:
             self._crops_until_optimized = math.inf
-            with contextlib.suppress(NotOptimizable):
+            try:
                 self.model = fastpose_optimize(self.model, self.info.input_size)
+            except NotOptimizable as error:
+                self.not_optimized = str(error)
 
     def _optimize_once_it_pays(self, crops: int) -> None:
         """Count `crops` that have come."""
         self.prepare(crops)
         self._crops_until_optimized -= crops
 
-    def _keypoints(self, images: list[Array], boxes: Array, index: Array) -> tuple[Array, Array]:
-        k, size = self.skeleton.num_keypoints, self.info.input_size
-        keypoints = np.zeros((len(boxes), k, 2), np.float32)
-        scores = np.zeros((len(boxes), k), np.float32)
-        codec = self.info.codec
-        assert isinstance(codec, HeatmapCodec)
-        flip_indices = self.skeleton.flip_indices if self.flip_test else None
-        matrices = [crop_matrix(box, size, self.info.padding, convention=codec.convention) for box in boxes]
-        self._optimize_once_it_pays(len(boxes))
-        for start in range(0, len(boxes), self.batch_size):
-            part = slice(start, min(start + self.batch_size, len(boxes)))
-            pairs = zip(index[part], matrices[part], strict=True)
-            crops = np.stack([warp_crop(images[i], m, size, self.info.antialias) for i, m in pairs])
-            batch = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
-            points, point_scores = estimate_crops(self.model, batch, codec, flip_indices)
-            back = invert_affine(np.stack(matrices[part]))
-            keypoints[part] = apply_affine(back, points.cpu().numpy().astype(np.float64))
-            scores[part] = point_scores.cpu().numpy()
-        return keypoints, scores
+    def _least_crops(self, given: Any) -> int:
+        """Crops to expect of an image with boxes `given`, which nobody has checked yet."""
+        if self.bottom_up:
+            return WHOLE_IMAGE
+        countable = isinstance(given, (list, tuple)) or (hasattr(given, "shape") and len(given.shape) > 0)
+        return len(given) if countable else 1
 
-    @staticmethod
-    def _whole_or_detected(fit: Array, index: Array, given: Array, extra: int) -> Array:
-        """Of each image keep the detected people or the whole image (the last `extra` entries): the better fit."""
-        keep = np.ones(len(index), bool)
-        for whole in range(len(index) - extra, len(index)):
-            detected = np.flatnonzero((index[: len(index) - extra] == index[whole]) & ~given[: len(index) - extra])
-            if len(detected) and fit[detected].max() > fit[whole]:
-                keep[whole] = False
-            else:
-                keep[detected] = False
-        return keep
 
-    def _suppress(
-        self, keypoints: Array, keypoint_scores: Array, scores: Array, boxes: Array, index: Array, given: Array
-    ) -> tuple[Array, Array]:
-        new_scores, keep = oks_nms(
-            torch.from_numpy(keypoints),
-            torch.from_numpy(keypoint_scores),
-            torch.from_numpy(scores),
-            torch.from_numpy((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])),
-            torch.tensor(self.skeleton.sigmas),
-            image_index=torch.from_numpy(index),
-            method=self.nms,
-            threshold=self.nms_threshold,
-            keypoint_threshold=self.keypoint_threshold,
-        )
-        return np.where(given, scores, new_scores.numpy()), given | keep.numpy()
+def _pairs(images: Iterable[Any], boxes: Iterable[Any] | None) -> Iterable[tuple[Any, Any]]:
+    """The images with their boxes; a list if the images are."""
+    if not isinstance(images, (list, tuple)):
+        return ((image, None) for image in images) if boxes is None else zip(images, boxes, strict=True)
+    entries = [None] * len(images) if boxes is None else list(boxes)
+    if len(entries) != len(images):
+        raise BoxError(f"boxes must be a list of one entry per image, {len(images)}, got {len(entries)}")
+    return list(zip(images, entries, strict=True))
+
+
+def _all_poses(results: Results) -> list[Poses]:
+    """The results; raises the first error among them."""
+    poses = []
+    with contextlib.closing(results):
+        for result in results:
+            if not isinstance(result, Poses):
+                raise result
+            poses.append(result)
+    return poses
 
 
 @torch.inference_mode()

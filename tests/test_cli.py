@@ -13,8 +13,10 @@ import torch
 
 from fastpose.cli import main
 from fastpose.models import create_model
+from fastpose.plan import NotOptimizable
 from fastpose.zoo import models_table
 from tests import datasets
+from tests.conftest import needs_kernels
 
 
 def fastpose(*arguments, cwd):
@@ -125,7 +127,25 @@ def test_export_and_info(folder):
     done = fastpose("info", "--json", cwd=folder)
     report = json.loads(done.stdout)
     assert set(report["ops on cpu"]) == {"ghost_cheap", "dw_upsample", "oks_nms", "run_plan"}
-    assert "fused kernels" in fastpose("info", cwd=folder).stdout
+    text = fastpose("info", cwd=folder).stdout
+    assert "fused kernels" in text and "of one: fastpose info --model NAME" in text
+
+
+@needs_kernels
+def test_info_of_one_network(capsys, monkeypatch):
+    assert main(["info", "--model", "mobileposenet", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["optimised"] is True and report["instructions"] > 50 and report["input size"] == [256, 192]
+
+    def refuse(model, size):
+        raise NotOptimizable("aten.sin is not in the table of patterns")
+
+    monkeypatch.setattr("fastpose.info.optimize", refuse)
+    assert main(["info", "--model", "mobileposenet"]) == 0
+    text = capsys.readouterr().out
+    assert "256x192" in text and "aten.sin is not in the table" in text and "layer by layer" in text
+    assert main(["info", "--model", "mobileposnet"]) == 2
+    assert "did you mean mobileposenet" in capsys.readouterr().err
 
 
 def test_export_of_a_checkpoint_of_others(tmp_path):

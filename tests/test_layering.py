@@ -10,7 +10,7 @@ import fastpose
 ROOT = Path(fastpose.__file__).parent
 LEVEL = {
     "ops": 0, "files": 0, "skeletons": 0, "geometry": 0, "config": 0, "preprocess": 0,
-    "grouping": 0, "distributed": 0,
+    "grouping": 0, "distributed": 0, "stream": 0,
     "layers": 1, "counting": 1, "plan": 2, "codecs": 1, "metrics": 1, "average_precision": 1, "poses": 1, "images": 1,
     "boxes": 1,
     "data": 2, "checkpoints": 2, "draw": 2, "detect": 2,

@@ -182,11 +182,10 @@ def test_auto_takes_the_whole_image_or_the_detected_people_whichever_fits(photo,
     pose.detector = lambda image: (np.array([[5.0, 5, 60, 90], [100, 20, 200, 230]]), np.array([0.3, 0.4]))
     fits = {3: [0.1, 0.2, 0.3], 1: [0.5]}
 
-    def keypoints(images, boxes, index):
-        scores = np.repeat(np.array(fits[len(boxes)], np.float32)[:, None], 14, axis=1)
-        return np.zeros((len(boxes), 14, 2), np.float32), scores
+    def forward(crops):
+        return [(np.zeros((14, 2), np.float32), np.full(14, fit, np.float32)) for fit in fits[len(crops)]]
 
-    monkeypatch.setattr(pose, "_keypoints", keypoints)
+    monkeypatch.setattr(pose, "_forward", forward)
     assert pose(photo).boxes.tolist() == [[0, 0, 320, 240]]
     fits[3] = [0.1, 0.4, 0.3]
     assert pose(photo).boxes.tolist() == [[100, 20, 200, 230], [5, 5, 60, 90]]
@@ -265,6 +264,21 @@ def test_grey_alpha_and_16_bit_files(tmp_path, photo, suffix):
 
 
 @needs_kernels
+def test_networks_that_cannot_be_optimised_run_as_they_are_and_say_why(photo, monkeypatch):
+    def refuse(model, size):
+        raise fastpose.NotOptimizable("aten.sin is not in the table of patterns")
+
+    monkeypatch.setattr("fastpose.pipeline.fastpose_optimize", refuse)
+    pose = PoseEstimator(detector="none", flip_test=False)
+    assert pose.not_optimized == ""
+    expected = pose(photo).keypoints
+    pose.prepare(10_000)
+    assert pose.not_optimized == "aten.sin is not in the table of patterns"
+    assert np.array_equal(pose(photo).keypoints, expected)
+    assert "optimize=False" in PoseEstimator(detector="none", optimize=False).not_optimized
+
+
+@needs_kernels
 def test_optimised_after_some_crops_with_the_same_result(photo):
     box = [20, 10, 200, 220]
     plain, lazy, eager = (PoseEstimator(detector="none", optimize=o) for o in (False, None, True))
@@ -273,4 +287,5 @@ def test_optimised_after_some_crops_with_the_same_result(photo):
     assert np.allclose(eager(photo, box).keypoints, expected, atol=1e-2)
     many = lazy(photo, [box] * (OPTIMIZE_AFTER + 1)).keypoints
     assert isinstance(lazy.model, fastpose.Optimized) and not isinstance(plain.model, fastpose.Optimized)
+    assert lazy.not_optimized == eager.not_optimized == ""
     assert np.allclose(many, expected, atol=1e-2)

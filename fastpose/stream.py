@@ -1,0 +1,34 @@
+"""Doing work before its results are asked for, in threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def run_ahead(function: Callable[[T], R], items: Iterable[T], ahead: int, threads: int = 1) -> Generator[R, None, None]:
+    """``map(function, items)`` in `threads` threads, up to `ahead` results before they are asked for; in order.
+
+    `items` is iterated over here, `function` runs in the threads. No more than `ahead` + 1 items and results exist at a
+    time. An exception is raised when its result is due. When the iterator is closed, at its end, by an exception or
+    because nobody wants the rest, what has not begun is cancelled and the threads end. With `ahead` 0 it is `map`.
+    """
+    if ahead < 1:
+        yield from map(function, items)
+        return
+    due: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="fastpose")
+    try:
+        for item in items:
+            due.append(pool.submit(function, item))
+            if len(due) > ahead:
+                yield due.popleft().result()
+        while due:
+            yield due.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
