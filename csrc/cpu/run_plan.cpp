@@ -311,7 +311,8 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       const PlanMap& third = sized(s.gate);
       FASTPOSE_CHECK(third.height * s.kernel == out.height && third.width * s.kernel == out.width,
                      "run_plan: images of ", height, " x ", width, " give maps of different sizes in step ", i);
-    } else if (s.gate >= 0 && s.op != PlanOp::kScalePixels && s.op != PlanOp::kOuter && s.op != PlanOp::kCoordinateMean) {
+    } else if (s.gate >= 0 && s.op != PlanOp::kScalePixels && s.op != PlanOp::kOuter &&
+               s.op != PlanOp::kCoordinateMean) {
       FASTPOSE_CHECK(sized(s.gate).pixels() == 1, "run_plan: a gate has pixels in step ", i);
     }
     if (s.op == PlanOp::kDepthwise && s.gate >= 0) {

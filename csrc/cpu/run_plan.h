@@ -16,19 +16,19 @@ constexpr int64_t kPanel = 32;  // output channels per packed panel of a convolu
 enum class PlanAct : int64_t { kNone, kRelu, kHardswish, kSilu, kHardsigmoid, kSigmoid, kRelu6 };
 
 enum class PlanOp : int64_t {
-  kConv,        // dense k x k convolution + bias (+ map `other`) + activation; weights [panel][k * k * in][width]
-  kDepthwise,   // depthwise k x k convolution (of map * (gate + constant)) + bias + activation; weights [k * k][padded]
-  kUpsample,    // depthwise transposed 4x4 convolution, stride 2, padding 1, + bias + activation; weights [16][padded]
-  kMean,        // act(mean over all pixels)
-  kScale,       // act(map * (gate + constant) (+ other)), the gate one number per channel
-  // act(map + other (+ gate)); `other` may be smaller by `factor`, the gate by `kernel`: each of its pixels is added to a
-  // square of them
+  kConv,       // dense k x k convolution + bias (+ map `other`) + activation; weights [panel][k * k * in][width]
+  kDepthwise,  // depthwise k x k convolution (of map * (gate + constant)) + bias + activation; weights [k * k][padded]
+  kUpsample,   // depthwise transposed 4x4 convolution, stride 2, padding 1, + bias + activation; weights [16][padded]
+  kMean,       // act(mean over all pixels)
+  kScale,      // act(map * (gate + constant) (+ other)), the gate one number per channel
+  // act(map + other (+ gate)); `other` may be smaller by `factor`, the gate by `kernel`: each of its pixels is added to
+  // a square of them
   kAdd,
-  kActivate,    // act(map)
-  kMax,         // act(maximum over all pixels)
-  kSum,         // act(sum over all pixels)
-  kStack,       // two maps of one pixel -> one of two pixels
-  kInterleave,  // channels of map and act(other (* (gate + constant))) in turn
+  kActivate,      // act(map)
+  kMax,           // act(maximum over all pixels)
+  kSum,           // act(sum over all pixels)
+  kStack,         // two maps of one pixel -> one of two pixels
+  kInterleave,    // channels of map and act(other (* (gate + constant))) in turn
   kChannelStats,  // per pixel: mean and, if the result has two channels, maximum over the channels
   kScalePixels,   // act(map * gate (+ other)), the gate one number per pixel (a map of one channel)
   kCopy,          // the map, enlarged by `factor`
