@@ -40,9 +40,11 @@ ACTIVATIONS = {
     aten.silu_.default: 3,
     aten.hardsigmoid.default: 4,
     aten.sigmoid.default: 5,
-    aten.hardtanh.default: 6,  # as ReLU6
+    aten.relu6.default: 6,
+    aten.hardtanh.default: 6,  # from 0 to 6, which is how ReLU6 is exported
     aten.hardtanh_.default: 6,
 }
+CLAMPS = (aten.hardtanh.default, aten.hardtanh_.default)
 REDUCTIONS = {aten.mean.dim: MEAN, aten.amax.default: MAX, aten.sum.dim_IntList: SUM}
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 VIEWS = (aten.view.default, aten.reshape.default)
@@ -699,7 +701,7 @@ class _Lowering:
         self.end(_Step(ACTIVATE, node, node, node.args[0], act=ACTIVATIONS[node.target]))
 
     def fits(self, activation: Node) -> bool:
-        return ACTIVATIONS[activation.target] != 6 or list(activation.args[1:]) == [0.0, 6.0]
+        return activation.target not in CLAMPS or list(activation.args[1:]) == [0.0, 6.0]
 
     def unchanged(self, node: Node) -> None:
         self.same[node] = node.args[0]
