@@ -249,9 +249,10 @@ class PoseEstimator:
         crops: list[tuple[_Job, int]] = []  # of the jobs begun, those still to do
 
         def finished() -> Results:
+            done: list[_Job] = []
             while begun and len(begun[0].outputs) == len(begun[0].matrices):
-                job = begun.popleft()
-                yield job.error or self._poses(job)
+                done.append(begun.popleft())
+            yield from self._results(done)
 
         for job in jobs:
             self._optimize_once_it_pays(len(job.matrices) * (WHOLE_IMAGE if self.bottom_up else 1))
@@ -345,6 +346,22 @@ class PoseEstimator:
             job.boxes = np.concatenate([job.boxes, whole])
             job.box_scores = np.concatenate([job.box_scores, score])
 
+    def _results(self, jobs: list[_Job]) -> list[Poses | ImageError | BoxError]:
+        """The poses of each image or its error; those of detected people without duplicates, the best first."""
+        results: list[Poses | ImageError | BoxError] = []
+        detected: list[tuple[int, Poses]] = []
+        for job in jobs:
+            poses = job.error or self._poses(job)
+            if isinstance(poses, Poses) and job.given is None and not self.bottom_up:
+                detected.append((len(results), poses))
+            results.append(poses)
+        kept = [poses for _, poses in detected]
+        if self.nms != "none" and kept:
+            kept = self._suppress(kept)
+        for (i, _), poses in zip(detected, kept, strict=True):
+            results[i] = poses[np.argsort(-poses.scores, kind="stable")]
+        return results
+
     def _poses(self, job: _Job) -> Poses:
         """The poses of an image, from what the codec found in its crops."""
         if self.bottom_up:
@@ -357,14 +374,10 @@ class PoseEstimator:
             torch.from_numpy(keypoint_scores), torch.from_numpy(job.box_scores), self.keypoint_threshold
         ).numpy()
         poses = Poses(keypoints, keypoint_scores, job.boxes, scores, job.size, self.skeleton)
-        if job.given is not None:
-            return poses
-        if self.try_whole_image:  # the last one
+        if job.given is None and self.try_whole_image:  # the last one
             fit = keypoint_scores.mean(1)
             poses = poses[:-1] if len(fit) > 1 and fit[:-1].max() > fit[-1] else poses[-1]
-        if self.nms != "none":
-            poses = self._suppress(poses)
-        return poses[np.argsort(-poses.scores, kind="stable")]
+        return poses
 
     def _poses_of_whole_image(self, job: _Job) -> Poses:
         (people, scores), matrix = job.outputs[0], job.matrices[0]
@@ -375,20 +388,23 @@ class PoseEstimator:
         poses = Poses(keypoints, people[..., 2], boxes, scores, job.size, self.skeleton)
         return poses[np.argsort(-scores, kind="stable")]
 
-    def _suppress(self, poses: Poses) -> Poses:
-        """Without duplicates."""
-        extent = poses.boxes[:, 2:] - poses.boxes[:, :2]
+    def _suppress(self, images: list[Poses]) -> list[Poses]:
+        """Without duplicates in each image, all in one call."""
+        boxes = np.concatenate([poses.boxes for poses in images])
+        counts = [len(poses) for poses in images]
         scores, keep = oks_nms(
-            torch.from_numpy(poses.keypoints),
-            torch.from_numpy(poses.keypoint_scores),
-            torch.from_numpy(poses.scores),
-            torch.from_numpy(extent[:, 0] * extent[:, 1]),
+            torch.from_numpy(np.concatenate([poses.keypoints for poses in images])),
+            torch.from_numpy(np.concatenate([poses.keypoint_scores for poses in images])),
+            torch.from_numpy(np.concatenate([poses.scores for poses in images])),
+            torch.from_numpy((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])),
             torch.tensor(self.skeleton.sigmas),
+            image_index=torch.arange(len(images)).repeat_interleave(torch.tensor(counts)),
             method=self.nms,
             threshold=self.nms_threshold,
             keypoint_threshold=self.keypoint_threshold,
         )
-        return dataclasses.replace(poses, scores=scores.numpy())[keep.numpy()]
+        parts = zip(images, scores.split(counts), keep.split(counts), strict=True)
+        return [dataclasses.replace(poses, scores=s.numpy())[k.numpy()] for poses, s, k in parts]
 
     def prepare(self, crops: int) -> None:
         """Optimise the network now if that pays for so many crops still to come, as far as it is possible.

@@ -13,6 +13,7 @@ from fastpose import BoxError, ImageError, PoseEstimator, Poses
 from fastpose.checkpoints import read_info, resolve_weights, save_weights
 from fastpose.detect import HOG_MISSING, hog_available, make_detector
 from fastpose.images import find_images, read_image
+from fastpose.ops import oks_nms
 from fastpose.pipeline import OPTIMIZE_AFTER
 from fastpose.skeletons import COCO17, LSP14, MPII16, Skeleton, get_skeleton
 from tests.conftest import needs_kernels
@@ -52,6 +53,24 @@ def test_duplicates_of_a_detector_are_suppressed_per_image(photo):
         assert len(p) == 2 and p.scores[0] >= p.scores[1]
     assert len(PoseEstimator(**settings, nms="none")(photo)) == 3
     assert len(PoseEstimator(**settings, nms="parallel", nms_threshold=1e-6)(photo)) == 2
+
+
+def test_images_of_a_batch_are_suppressed_in_one_call(photo, monkeypatch):
+    calls = []
+
+    def counted(*args, image_index, **settings):
+        calls.append(image_index.tolist())
+        return oks_nms(*args, image_index=image_index, **settings)
+
+    monkeypatch.setattr("fastpose.pipeline.oks_nms", counted)
+    sizes = iter([2, 0, 1])
+
+    def detect(image):
+        return np.array([[20, 10, 200, 220]] * next(sizes)).reshape(-1, 4)
+
+    pose = PoseEstimator(detector=detect, keypoint_threshold=0.0)
+    assert [len(poses) for poses in pose([photo, photo, photo])] == [1, 0, 1]
+    assert calls == [[0, 0, 2]]
 
 
 def test_nobody_is_a_normal_answer(photo, tmp_path):
