@@ -46,6 +46,15 @@ FASTPOSE_INLINE Half load_half(const float* p) { return load(p); }
 FASTPOSE_INLINE V widen(Half h) { return h; }
 #endif
 
+// What a tile does of `all` rows, pixels, channels or squares.
+struct Range {
+  int64_t begin, end;
+};
+FASTPOSE_INLINE Range range_of(const PlanTask& t, int64_t tile, int64_t all) {
+  const int64_t begin = tile * t.tile_rows;
+  return {begin, begin + t.tile_rows < all ? begin + t.tile_rows : all};
+}
+
 FASTPOSE_INLINE int64_t pad(int64_t channels) { return (channels + kPad - 1) / kPad * kPad; }
 
 // Writes a vector, or its first `room` numbers where the next ones belong to another map.
@@ -200,8 +209,7 @@ FASTPOSE_INLINE void gather(const PlanTask& t, int64_t k, int64_t y, int64_t x, 
 // first.
 void conv(const PlanTask& t, int64_t tile, float* scratch) {
   const PlanStep& s = *t.step;
-  const int64_t begin = tile * t.tile_rows, pixels = t.out.pixels();
-  const int64_t end = begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels;
+  const auto [begin, end] = range_of(t, tile, t.out.pixels());
   const int64_t channels = t.in.channels;
   if (s.kernel == 1 && s.stride == 1) {
     conv_rows({t.in.data + begin * t.in.stride, t.in.stride, channels}, end - begin, t, begin);
@@ -256,8 +264,8 @@ FASTPOSE_INLINE void winograd_out(const V* m, int step, V* to, int to_step) {
 }
 
 void winograd(const PlanTask& t, int64_t tile, float* scratch) {
-  const int64_t height = t.out.height, width = t.out.width, across = (width + 3) / 4, all = squares(t.out);
-  const int64_t begin = tile * t.tile_rows, end = begin + t.tile_rows < all ? begin + t.tile_rows : all;
+  const int64_t height = t.out.height, width = t.out.width, across = (width + 3) / 4;
+  const auto [begin, end] = range_of(t, tile, squares(t.out));
   const int64_t in_channels = t.in.channels, in_packed = pad(in_channels);
   const int64_t channels = t.out.channels, packed = pad(channels);
   float *inputs = scratch, *sums = inputs + 36 * kSquares * in_packed, *zeros = sums + 36 * kSquares * packed;
@@ -324,8 +332,8 @@ void winograd(const PlanTask& t, int64_t tile, float* scratch) {
 // kDeconv: output (2 y + a, 2 x + b) sees input rows y - 1 + a and y + a, and columns alike. A tile is a band of input
 // rows; the outputs of one phase (a, b) lie two pixels apart.
 void deconv(const PlanTask& t, int64_t tile, float* scratch) {
-  const int64_t begin = tile * t.tile_rows, height = t.in.height, width = t.in.width, depth = 4 * t.in.channels;
-  const int64_t end = begin + t.tile_rows < height ? begin + t.tile_rows : height;
+  const int64_t width = t.in.width, depth = 4 * t.in.channels;
+  const auto [begin, end] = range_of(t, tile, t.in.height);
   PlanTask phase = t;
   phase.out.stride = 2 * t.out.stride;
   for (int64_t y = begin; y < end; ++y) {
@@ -346,9 +354,9 @@ void deconv(const PlanTask& t, int64_t tile, float* scratch) {
 // Input channels become planes with a border of zeros, and a vector holds neighbouring pixels.
 void conv_to_one(const PlanTask& t, int64_t tile, float* scratch) {
   const PlanStep& s = *t.step;
-  const int64_t width = t.out.width, begin = tile * t.tile_rows / width;
-  const int64_t pixels = (tile + 1) * t.tile_rows < t.out.pixels() ? (tile + 1) * t.tile_rows : t.out.pixels();
-  const int64_t end = pixels / width, k = s.kernel, channels = t.in.channels;
+  const Range pixels = range_of(t, tile, t.out.pixels());  // whole rows
+  const int64_t width = t.out.width, begin = pixels.begin / width, end = pixels.end / width;
+  const int64_t k = s.kernel, channels = t.in.channels;
   const int64_t rows = end - begin + k - 1, line = t.in.width + 2 * s.padding + kPad, plane = rows * line;
   for (int64_t i = 0; i < channels * plane; i += kL) store(scratch + i, V{});
   for (int64_t r = 0; r < rows; ++r) {
@@ -455,8 +463,7 @@ void depthwise_rows(const PlanTask& t, const float* weight, int64_t begin, int64
 
 // A gate on the input, one number per channel, is multiplied into the weights instead.
 void depthwise(const PlanTask& t, int64_t tile, float* scratch) {
-  const int64_t begin = tile * t.tile_rows;
-  const int64_t end = begin + t.tile_rows < t.out.height ? begin + t.tile_rows : t.out.height;
+  const auto [begin, end] = range_of(t, tile, t.out.height);
   const int64_t k = t.step->kernel, s = t.step->stride;
   const float* w = t.weight;
   if (t.gate.data) {
@@ -475,9 +482,9 @@ void depthwise(const PlanTask& t, int64_t tile, float* scratch) {
 // Depthwise transposed 4x4, stride 2, padding 1: output (2y + a, 2x + b) sees input rows y - 1 + a (with kernel row 3 -
 // a) and y + a (kernel row 1 - a), and columns alike: 2x2 taps. A tile is a band of input rows.
 void upsample(const PlanTask& t, int64_t tile) {
-  const int64_t begin = tile * t.tile_rows, height = t.in.height, width = t.in.width, stride = t.in.stride;
+  const int64_t height = t.in.height, width = t.in.width, stride = t.in.stride;
   const int64_t channels = t.out.channels, packed = pad(channels), to = t.out.stride, room = t.out.room;
-  const int64_t end = begin + t.tile_rows < height ? begin + t.tile_rows : height;
+  const auto [begin, end] = range_of(t, tile, height);
   const PlanAct act = t.step->act;
   const V zero{};
   for (int64_t y = begin; y < end; ++y) {
@@ -512,24 +519,11 @@ void upsample(const PlanTask& t, int64_t tile) {
   }
 }
 
-// The pixels of a tile, or its channels.
-struct Range {
-  int64_t begin, end;
-};
-FASTPOSE_INLINE Range pixels_of(const PlanTask& t, int64_t tile) {
-  const int64_t begin = tile * t.tile_rows, pixels = t.out.pixels();
-  return {begin, begin + t.tile_rows < pixels ? begin + t.tile_rows : pixels};
-}
-FASTPOSE_INLINE Range channels_of(const PlanTask& t, int64_t tile) {
-  const int64_t begin = tile * t.tile_rows, channels = t.out.channels;
-  return {begin, begin + t.tile_rows < channels ? begin + t.tile_rows : channels};
-}
-
 // kMean, kSum and kMax over all pixels: four running values, since one would wait for itself.
 template <bool kMaximum>
 void reduce(const PlanTask& t, int64_t tile, float factor) {
   const int64_t pixels = t.in.pixels(), stride = t.in.stride;
-  const Range channels = channels_of(t, tile);
+  const Range channels = range_of(t, tile, t.out.channels);
   for (int64_t c = channels.begin; c < channels.end; c += kL) {
     V value[4];
     for (int i = 0; i < 4; ++i) value[i] = kMaximum ? load(t.in.data + c) : V{};
@@ -553,7 +547,7 @@ void reduce(const PlanTask& t, int64_t tile, float factor) {
 
 // kMeanOfRows: a pixel per row.
 void mean_of_rows(const PlanTask& t, int64_t tile) {
-  const Range rows = pixels_of(t, tile);
+  const Range rows = range_of(t, tile, t.out.pixels());
   const int64_t width = t.in.width, stride = t.in.stride;
   const float factor = 1.0f / static_cast<float>(width);
   for (int64_t c = 0; c < t.out.channels; c += kL) {
@@ -569,7 +563,7 @@ void mean_of_rows(const PlanTask& t, int64_t tile) {
 // kMeanOfColumns and kCoordinateMean, some of the channels.
 void mean_of_columns(const PlanTask& t, int64_t tile) {
   const int64_t height = t.in.height, width = t.in.width, stride = t.in.stride;
-  const Range channels = channels_of(t, tile);
+  const Range channels = range_of(t, tile, t.out.channels);
   const float factor = 1.0f / static_cast<float>(height);
   for (int64_t c = channels.begin; c < channels.end; c += kL) {
     for (int64_t x = 0; x < width; ++x) {
@@ -583,7 +577,7 @@ void mean_of_columns(const PlanTask& t, int64_t tile) {
 
 void coordinate_mean(const PlanTask& t, int64_t tile) {
   const int64_t height = t.in.height, width = t.in.width, stride = t.in.stride;
-  const Range channels = channels_of(t, tile);
+  const Range channels = range_of(t, tile, t.out.channels);
   const float factor = 1.0f / static_cast<float>(height * width);
   for (int64_t c = channels.begin; c < channels.end; c += kL) {
     V sum{};
@@ -687,8 +681,7 @@ FASTPOSE_INLINE void mix_groups(const float* from, int64_t size, float* to) {
 // A band of rows is copied with its surroundings, zeros outside the map, so that no pixel is at a border.
 void group_attention(const PlanTask& t, int64_t tile, float* scratch) {
   const int64_t channels = t.in.channels, size = channels / 4, width = t.in.width, row = (width + 6) * channels;
-  const int64_t begin = tile * t.tile_rows;
-  const int64_t end = begin + t.tile_rows < t.out.height ? begin + t.tile_rows : t.out.height;
+  const auto [begin, end] = range_of(t, tile, t.out.height);
   float *gate = scratch, *weight = gate + channels, *band = weight + 49 * channels;
   mix_groups(t.gate.data, size, gate);
   for (int64_t i = 0; i < 49; ++i) {
@@ -759,7 +752,7 @@ struct Under {
 template <PlanOp kOp>
 void pointwise(const PlanTask& t, int64_t tile) {
   constexpr bool kOuter = kOp == PlanOp::kOuter;
-  const Range range = pixels_of(t, tile);
+  const Range range = range_of(t, tile, t.out.pixels());
   const int64_t channels = t.out.channels;
   const PlanMap& small = kOuter ? t.gate : t.other;  // by `factor`
   const PlanAct act = t.step->act;
@@ -789,7 +782,7 @@ void pointwise(const PlanTask& t, int64_t tile) {
 
 // kInterleave: channels of map and other in turn, those of other times the gate if there is one.
 void interleave(const PlanTask& t, int64_t tile) {
-  const Range range = pixels_of(t, tile);
+  const Range range = range_of(t, tile, t.out.pixels());
   const int64_t channels = t.in.channels;
   for (int64_t p = range.begin; p < range.end; ++p) {
     const float *a = t.in.data + p * t.in.stride, *b = t.other.data + p * t.other.stride;
@@ -807,7 +800,7 @@ void interleave(const PlanTask& t, int64_t tile) {
 }
 
 void average_pool(const PlanTask& t, int64_t tile) {
-  const Range range = pixels_of(t, tile);
+  const Range range = range_of(t, tile, t.out.pixels());
   const int64_t stride = t.in.stride, k = t.step->kernel;
   const float factor = 1.0f / static_cast<float>(k * k);
   for (int64_t p = range.begin; p < range.end; ++p) {
@@ -824,7 +817,7 @@ void average_pool(const PlanTask& t, int64_t tile) {
 }
 
 void max_pool(const PlanTask& t, int64_t tile) {
-  const Range range = pixels_of(t, tile);
+  const Range range = range_of(t, tile, t.out.pixels());
   const int64_t k = t.step->kernel, s = t.step->stride, width = t.in.width, height = t.in.height;
   for (int64_t p = range.begin; p < range.end; ++p) {
     const int64_t top = p / t.out.width * s - t.step->padding, left = p % t.out.width * s - t.step->padding;
@@ -842,7 +835,7 @@ void max_pool(const PlanTask& t, int64_t tile) {
 }
 
 void shuffle(const PlanTask& t, int64_t tile) {
-  const Range range = pixels_of(t, tile);
+  const Range range = range_of(t, tile, t.out.pixels());
   const int64_t groups = t.step->kernel, size = t.in.channels / groups;
   for (int64_t p = range.begin; p < range.end; ++p) {
     const float* in = t.in.data + p * t.in.stride;
@@ -868,7 +861,7 @@ FASTPOSE_INLINE Between between(int64_t at, int64_t in, int64_t out) {
 }
 
 void bilinear(const PlanTask& t, int64_t tile) {
-  const Range range = pixels_of(t, tile);
+  const Range range = range_of(t, tile, t.out.pixels());
   const int64_t stride = t.in.stride, width = t.in.width;
   for (int64_t p = range.begin; p < range.end; ++p) {
     const Between y = between(p / t.out.width, t.in.height, t.out.height),
@@ -887,7 +880,7 @@ void bilinear(const PlanTask& t, int64_t tile) {
 }
 
 void copy_map(const PlanTask& t, int64_t tile) {
-  const Range range = pixels_of(t, tile);
+  const Range range = range_of(t, tile, t.out.pixels());
   Under under(range.begin, t.out.width, t.step->factor, t.in.width);
   for (int64_t p = range.begin; p < range.end; ++p, under.next()) {
     const float* in = t.in.data + under.pixel() * t.in.stride;
@@ -906,7 +899,7 @@ void stack(const PlanTask& t) {
 
 // Mean, and maximum if the result has room for it, over a pixel's channels.
 void channel_stats(const PlanTask& t, int64_t tile) {
-  const Range range = pixels_of(t, tile);
+  const Range range = range_of(t, tile, t.out.pixels());
   const int64_t channels = t.in.channels;
   const float factor = 1.0f / static_cast<float>(channels);
   const V lowest = splat(-__builtin_inff());
