@@ -31,7 +31,7 @@ from fastpose.detect import Detector, make_detector, whole_image
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop, whole_image_matrix
 from fastpose.images import Array, ImageError, to_rgb
 from fastpose.layers import channels_last
-from fastpose.models._registry import create_from, is_bottom_up, read_weights
+from fastpose.models._registry import check_codec, create_from, read_weights
 from fastpose.ops import oks_nms, rescore, use_fused
 from fastpose.ops._backend import WHY_NOT
 from fastpose.plan import NotOptimizable
@@ -473,10 +473,7 @@ def _check_settings(info: WeightsInfo, skeleton: Skeleton, network: nn.Module) -
         raise ValueError(
             f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the weights have {info.num_keypoints}"
         )
-    bottom_up = isinstance(info.codec, AssociativeEmbeddingCodec)
-    if bottom_up != is_bottom_up(info.model):
-        kind = "top-down" if bottom_up else "bottom-up"
-        raise ValueError(f"{info.model} is a {kind} network, for which codec {info.codec.type!r} is not made")
+    check_codec(info.model, info.codec)
     if not info.padding > 0:
         raise ValueError(f"padding must be positive, got {info.padding}")
     multiple = int(getattr(network, "input_multiple", 1))

@@ -49,6 +49,7 @@ from fastpose.training.records import Log, check_config, report_data, save_state
 from fastpose.training.samples import Store, load_split, make_dataset, open_store, scenes_to_validate
 from fastpose.training.settings import Stage, TrainConfig
 from fastpose.training.sync_norm import synchronize_batch_norm
+from fastpose.training.teacher import Teacher
 
 __all__ = ["Average", "Optimizer", "Schedule", "Stage", "TrainConfig", "train", "validate"]
 
@@ -93,6 +94,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
         average.load(state["average"], state["updates"])
         step, best = state["step"], state["best"]
     network = _wrap(model, config, device)
+    teacher = Teacher(config, train_data.skeleton, device) if config.teacher else None
     if first:
         if not resume:
             write_config(config, device, world_size(), output / "config.json")
@@ -117,6 +119,8 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
             with _autocast(config, device):
                 outputs = network(x)
             loss = _loss(config, outputs, targets)
+            if teacher is not None:
+                loss = torch.lerp(loss, teacher.loss(x, outputs), config.teacher_weight)
             value = float(loss.detach())
             if not math.isfinite(value):
                 _fail(output, step, batch, f"loss is {value}")

@@ -274,3 +274,17 @@ def test_codecs_in_settings(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize("codec", ALL, ids=lambda c: c.type)
+def test_imitation_is_the_loss_with_another_networks_heatmaps(codec):
+    """The targets that the labels give are imitated at the price of the loss, and nothing is better than the target."""
+    points, valid = torch.rand(3, 5, 2) * 40 + 8, torch.ones(3, 5, dtype=torch.bool)
+    outputs = torch.randn(3, 5, 20, 15)
+    target, _ = codec.encode(points, valid, (20, 15))
+    imitation = codec.imitation_loss(outputs, target)
+    assert torch.allclose(imitation, codec.loss(outputs, points, valid), rtol=1e-5)
+    same = (target.clamp(min=1e-30).log() if codec.type == "softmax" else target).requires_grad_()
+    (gradient,) = torch.autograd.grad(codec.imitation_loss(same, target.detach()), same)
+    assert gradient.abs().max() < 1e-6
+    assert torch.isfinite(codec.imitation_loss(outputs, torch.zeros_like(outputs)))

@@ -28,8 +28,9 @@ from fastpose.data import load_lspet
 from fastpose.data.base import boxes_of_keypoints
 from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches, half_body_box
 from fastpose.metrics import pck, torso_lengths
-from fastpose.skeletons import LSP14
+from fastpose.skeletons import COCO17, LSP14
 from fastpose.train import Optimizer, Schedule, Stage, TrainConfig, train
+from fastpose.training.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,46 @@ def test_an_infinite_gradient_stops_the_run(lspet, tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match="a gradient is not finite at step 0; the batch is in"):
         train(short(lspet, tmp_path / "run"), quiet=True)
     assert set(torch.load(tmp_path / "run" / "nan_batch.pt", weights_only=True)) == {"step", "images", "targets"}
+
+
+def test_a_teacher_is_imitated(lspet, tmp_path):
+    train(config(lspet, tmp_path / "teacher"), quiet=True)
+    teacher = tmp_path / "teacher" / "final.safetensors"
+    for name, changes in {"none": {}, "0": {"teacher_weight": 0.0}, "1": {"teacher_weight": 1.0}}.items():
+        given = {} if name == "none" else {"teacher": str(teacher)}
+        train(config(lspet, tmp_path / name, seed=1, ema=0.0, **given, **changes), quiet=True)
+    plain, ignored, imitating = (final(tmp_path / name) for name in ("none", "0", "1"))
+    assert all(torch.equal(plain[k], ignored[k]) for k in plain)
+
+    images = torch.randn(4, 3, 48, 48)  # the teacher's size, so that nothing is enlarged
+    logits = {}
+    for path in (teacher, *(tmp_path / n / "final.safetensors" for n in ("none", "1"))):
+        with torch.no_grad():
+            logits[path.parent.name] = create_model("mobileposenet", weights=path)(images)
+    target = SoftmaxHeatmapCodec().heatmaps(logits["teacher"])
+    apart = {k: float(SoftmaxHeatmapCodec().imitation_loss(v, target)) for k, v in logits.items()}
+    assert apart["teacher"] < apart["1"] < apart["none"]
+    settings = short(lspet, tmp_path / "x", teacher=str(teacher))
+    loss = Teacher(settings, LSP14, torch.device("cpu")).loss(images, logits["none"])
+    assert float(loss) == pytest.approx(apart["none"], rel=1e-4)
+
+
+def test_unfit_teachers_are_named(lspet, tmp_path):
+    train(short(lspet, tmp_path / "run"), quiet=True)
+    weights, other = str(tmp_path / "run" / "final.safetensors"), tmp_path / "published.pth"
+    torch.save(create_model("mobileposenet").state_dict(), other)
+    for changes, message in (
+        ({"teacher": weights, "codec": UDPHeatmapCodec()}, "makes heatmaps of codec 'softmax', the run has 'udp'"),
+        ({"teacher": str(other)}, "expected a weights file of fastpose"),
+        ({"teacher": "lite_csw"}, "weights 'lite_csw': no such file"),
+        ({"teacher": weights, "teacher_weight": 2.0}, "teacher_weight must be between 0 and 1, got 2.0"),
+        ({"teacher": weights, "model": "lightweight_hrnet_448", "mosaic": 2}, "for top-down networks only"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(short(lspet, tmp_path / "new", **changes), quiet=True)
+        assert not (tmp_path / "new" / "last.pt").exists()
+    with pytest.raises(ValueError, match="knows the keypoints lsp14, the data have coco17"):
+        Teacher(short(lspet, tmp_path / "new", teacher=weights), COCO17, torch.device("cpu"))
 
 
 def test_optimizers_are_those_of_torch():

@@ -60,6 +60,13 @@ class HeatmapCodec(ABC):
     def loss(self, outputs: Tensor, keypoints: Tensor, valid: Tensor) -> Tensor:
         """Training loss, a scalar; 0 without valid keypoints. `outputs` [B, K, H, W], the rest as for `encode`."""
 
+    @abstractmethod
+    def imitation_loss(self, outputs: Tensor, heatmaps: Tensor) -> Tensor:
+        """As `loss`, a scalar, with another network's heatmaps, as `heatmaps` returns them, for all keypoints' targets.
+
+        outputs, heatmaps: float [B, K, H, W].
+        """
+
     def average_flipped(self, heatmaps: Tensor, mirrored: Tensor, flip_indices: Sequence[int]) -> Tensor:
         """Mean of the heatmaps of a crop and of the mirrored crop, both [B, K, H, W].
 
@@ -99,6 +106,9 @@ class GaussianCodec(HeatmapCodec):
         """`heatmap_mse` with the targets of `encode`."""
         target, weight = self.encode(keypoints, valid, (outputs.shape[2], outputs.shape[3]))
         return heatmap_mse(outputs, target.to(outputs.dtype), weight.to(outputs.dtype), self.hardest)
+
+    def imitation_loss(self, outputs: Tensor, heatmaps: Tensor) -> Tensor:
+        return heatmap_mse(outputs, heatmaps, outputs.new_ones(outputs.shape[:2]))
 
     def decode(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
         heatmaps = heatmaps.float()

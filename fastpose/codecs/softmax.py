@@ -49,6 +49,12 @@ class SoftmaxHeatmapCodec(HeatmapCodec):
         expected = torch.einsum("bkhw,bkh,bkw->bk", outputs, gy, gx)
         return ((log_z - expected) * weight).sum() / weight.sum().clamp(min=1.0)
 
+    def imitation_loss(self, outputs: Tensor, heatmaps: Tensor) -> Tensor:
+        """Mean cross-entropy with the probability maps `heatmaps` [B, K, H, W], which need not sum to 1."""
+        target, logits = heatmaps.flatten(2), outputs.flatten(2)
+        target = target / target.sum(2, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+        return (torch.logsumexp(logits, 2) - (target * logits).sum(2)).mean()
+
     def encode(self, keypoints: Tensor, valid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Probability maps [B, K, H, W], which `loss` does not need as a whole, and weights; see `HeatmapCodec`."""
         gy, gx = self._gaussians(keypoints, valid, size)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastpose.checkpoints import Checkpoint, fill, find_architecture, read_checkpoint, resolve_weights
+from fastpose.codecs import AssociativeEmbeddingCodec, Codec
 
 Constructor = Callable[..., nn.Module]
 
@@ -121,6 +122,14 @@ def create_model(
         raise ValueError("create_model('auto') takes the architecture from a checkpoint; give weights=path")
     entry = model_entry(name)
     return entry.build(num_keypoints=entry.num_keypoints if num_keypoints is None else num_keypoints, **changes)
+
+
+def check_codec(name: str, codec: Codec) -> None:
+    """Raise ValueError if the outputs of the network `name` are not what `codec` takes."""
+    bottom_up = is_bottom_up(name)
+    if bottom_up != isinstance(codec, AssociativeEmbeddingCodec):
+        kind = "bottom-up" if bottom_up else "top-down"
+        raise ValueError(f"{name} is a {kind} network, for which codec {codec.type!r} is not made")
 
 
 def read_weights(weights: str | Path, name: str) -> Checkpoint:

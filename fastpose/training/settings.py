@@ -9,6 +9,7 @@ from fastpose.codecs import AssociativeEmbeddingCodec, Codec, SoftmaxHeatmapCode
 from fastpose.data import DATASETS, METRICS, usual_metric
 from fastpose.data.crops import Augmentation
 from fastpose.models import is_bottom_up, model_entry
+from fastpose.models._registry import check_codec
 
 OPTIMIZERS = ("adamw", "muon", "adam", "sgd")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -49,6 +50,8 @@ class TrainConfig:
             set's images, each of which shows one; 0: on the images as they are.
         validate_every: epochs between validations; limit: use only the first images of each split (0: all).
         memory: decoded people are kept in memory up to so many gigabytes per process, the others are read every time.
+        teacher: a trained network to learn from beside the labels, a name with shipped weights or a fastpose file, for
+            top-down networks; teacher_weight: the share of its targets in the loss, the labels' is the rest.
         init: weights to start from instead of random numbers, "default" or a file; if they are for other keypoints,
             everything but the last layer is taken.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
@@ -84,6 +87,8 @@ class TrainConfig:
     threads: int = 0
     seed: int = 0
     limit: int = 0
+    teacher: str = ""
+    teacher_weight: float = 0.5
     init: str = ""
     splits: tuple[str, str] = ("train", "val")
     skeleton: str = ""
@@ -119,10 +124,12 @@ class TrainConfig:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if bottom_up and self.metric == "PCKh@0.5":
             raise ValueError("a bottom-up network can be validated by AP or PCK@0.2, not by PCKh@0.5")
-        if bottom_up != isinstance(self.codec, AssociativeEmbeddingCodec):
-            kind = "bottom-up" if bottom_up else "top-down"
-            assert self.codec is not None
-            raise ValueError(f"{self.model} is a {kind} network, for which codec {self.codec.type!r} is not made")
+        assert self.codec is not None
+        check_codec(self.model, self.codec)
+        if self.teacher and bottom_up:
+            raise ValueError(f"a teacher can be given for top-down networks only, {self.model} is bottom-up")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight must be between 0 and 1, got {self.teacher_weight}")
         if self.mosaic < 0 or (self.mosaic and not bottom_up):
             raise ValueError(f"mosaic must be a number of people, for bottom-up networks only, got {self.mosaic}")
         for stage in self.stages:
