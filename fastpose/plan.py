@@ -262,7 +262,7 @@ class _Lowering:
         (output,) = [n for n in self.graph.nodes if n.op == "output"]
         results = [self.value(n) for n in output.args[0]]
         header = [VERSION, len(program.base), len(program.steps), maps[inputs[0]], len(results)]
-        flat = header + [maps[n] for n in results] + program.channels + program.base + program.first
+        flat = header + [self.map_of(n) for n in results] + program.channels + program.base + program.first
         flat += [v for s in program.steps for v in s]
         sizes = [n for node in results for n in self.size(node, inputs[0])]
         return torch.tensor(flat), torch.cat(program.weights), self.name, self.multiple, sizes
@@ -289,6 +289,14 @@ class _Lowering:
         if not isinstance(node, fx.Node) and node not in self.maps:
             raise NotOptimizable(f"{self.name}: an operand is {node!r}, expected a feature map")
         return node
+
+    def map_of(self, node: Any) -> int:
+        """Number of the map that holds a value; what was left to its users has none."""
+        value = self.value(node)
+        if value not in self.maps:
+            users = ", ".join(str(u.target) for u in getattr(value, "users", ()))
+            raise NotOptimizable(f"{self.name}: {value.target} is used by {users}, which is not supported")
+        return self.maps[value]
 
     def match(self, node: Node) -> None:
         for path, kind in _modules_of(node):
@@ -522,7 +530,7 @@ class _Lowering:
         whole = self.maps[node] = program.new_map(self.channels(node))
         for part in parts:
             small, factor = self.enlarged.get(part, (part, 1))
-            held = self.maps[self.value(small)]
+            held = self.map_of(small)
             if factor == 1 and held > 0 and program.base[held] == held:  # map 0 is the image
                 program.move(held, whole, at)
             else:
@@ -538,7 +546,7 @@ class _Lowering:
             raise NotOptimizable(f"{self.name}: {node.format_node()} is not part of a channel shuffle")
         groups = int(node.meta["val"].shape[1])
         if groups == 2 and x not in self.enlarged:
-            half, held = self.channels(x) // 2, self.maps[self.value(x)]
+            half, held = self.channels(x) // 2, self.map_of(x)
             parts = [self.program.part(held, first, half) for first in (0, half)]
             self.maps[end] = self.program.step(INTERLEAVE, parts[0], 2 * half, other=parts[1])
         else:
@@ -581,12 +589,12 @@ class _Lowering:
         """`part` is channels of `x` from `first` on."""
         if x in self.enlarged:
             small, factor = self.enlarged[x]
-            self.maps[(part, "small")] = self.program.part(self.maps[small], first, self.channels(part))
+            self.maps[(part, "small")] = self.program.part(self.map_of(small), first, self.channels(part))
             self.enlarged[part] = ((part, "small"), factor)
             return
-        if self.maps[self.value(x)] == 0:
+        if self.map_of(x) == 0:
             raise NotOptimizable(f"{self.name}: channels of the image on their own are not supported")
-        self.maps[part] = self.program.part(self.maps[self.value(x)], first, self.channels(part))
+        self.maps[part] = self.program.part(self.map_of(x), first, self.channels(part))
 
     def average_pool(self, node: Node) -> None:
         kernel = self.square(node, node.args[1])
@@ -648,7 +656,7 @@ class _Lowering:
                 f"{self.name}: multi-scale attention in {groups} groups of {size} channels is not supported; "
                 "expected 4 groups of a multiple of 4"
             )
-        program, held = self.program, self.maps[self.value(x)]
+        program, held = self.program, self.map_of(x)
         g_h, g_w = (
             self.grouped(program.step(op, held, channels), coordinate, mine["coordinate.bias"], groups, act=5)
             for op in (MEAN_OF_ROWS, MEAN_OF_COLUMNS)
@@ -710,7 +718,7 @@ class _Lowering:
         program = self.program
 
         def operand(node: Node | None) -> int:
-            return -1 if node is None else self.maps[self.value(node)]
+            return -1 if node is None else self.map_of(node)
 
         self.maps[step.out] = program.step(
             step.op,

@@ -363,6 +363,12 @@ class Split(nn.Module):
         return x.view(x.shape[0], 3, 1, 8, 8).sigmoid()
 
 
+class GatedUpsampling(nn.Module):
+    def forward(self, x):
+        x = x.sigmoid()
+        return nn.functional.interpolate(x, scale_factor=2.0) * x.mean((2, 3), keepdim=True)
+
+
 def test_what_is_not_understood_is_named():
     with pytest.raises(NotOptimizable, match="DiteHRNet: aten.flatten.* is not in the table of patterns"):
         optimize(fastpose.create_model("dite_hrnet_30"))
@@ -372,6 +378,7 @@ def test_what_is_not_understood_is_named():
         (Split(), "view.* is not part of a channel shuffle"),
         (nn.ConvTranspose2d(3, 6, 2, 2), r"convolution with weight .*, transposed is not supported"),
         (nn.Conv2d(3, 6, 3, groups=3), r"convolution with weight \[6, 1, 3, 3\].*is not supported"),
+        (GatedUpsampling(), "aten.upsample_nearest2d.* is used by aten.mul.Tensor, which is not supported"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2, 1)), "avg_pool2d.*expected stride = kernel only"),
     ):
         module.input_multiple = 1

@@ -197,6 +197,89 @@ void launch_depthwise_any(const DeviceScope& device, const char* name, const Dep
   launch(device, name, depthwise_any<T>, {ceil_div(outputs, kThreads)}, kThreads, 0, a);
 }
 
+// ---- 3 rows of x around some pixels, which is what the kernels of their own read
+
+struct Place {
+  int64_t n;
+  int c, h, w;
+};
+
+// Contiguous: where the N neighbours of a row lie that this thread takes; past the last one n is the batch.
+template <int N>
+__device__ Place place_in_rows(const Depthwise& a) {
+  const int per_row = a.width / N;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int w = static_cast<int>(i % per_row) * N;
+  i /= per_row;
+  const int h = static_cast<int>(i % a.height);
+  i /= a.height;
+  return {i / a.channels, static_cast<int>(i % a.channels), h, w};
+}
+
+// Contiguous: rows h - 1 ... h + 1, columns w - 1 ... w + N, with zeros outside. Returns the N values at p as they are.
+template <class T, int N, class A>
+__device__ Pack<T, N> load_rows(const Depthwise& a, const Place& p, A (&x)[3][N + 2]) {
+  Pack<T, N> here;
+#pragma unroll
+  for (int r = 0; r < 3; ++r) {
+#pragma unroll
+    for (int j = 0; j < N + 2; ++j) x[r][j] = A(0);
+    if (p.h + r - 1 < 0 || p.h + r - 1 >= a.height) continue;
+    const T* row = a.x.at<const T>(p.n, p.c, p.h + r - 1, p.w);
+    const Pack<T, N> middle = load_values<N>(row, a.x.w, a.aligned_x);
+    if (r == 1) here = middle;
+    if (p.w > 0) x[r][0] = static_cast<A>(row[-a.x.w]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[r][j + 1] = static_cast<A>(middle.v[j]);
+    if (p.w + N < a.width) x[r][N + 1] = static_cast<A>(row[N * a.x.w]);
+  }
+  return here;
+}
+
+// Channels-last: columns w - 1 ... w + 2 of row h, a vector of channels each, with zeros outside.
+template <class T, int V>
+__device__ void load_ring(const Depthwise& a, const Place& p, Pack<T, V> (&x)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    x[j] = {};
+    if (p.w + j - 1 >= 0 && p.w + j - 1 < a.width) x[j] = load<V>(a.x.at<const T>(p.n, p.c, p.h, p.w + j - 1));
+  }
+}
+
+// Channels-last: a block keeps the filters of `vectors` vectors of V channels in shared memory, [tap][channel], and
+// walks over pairs of pixels of a row, numbers begin, begin + step, ... below count. All threads must make one.
+template <class T, int V, int kTaps>
+struct PixelWalk {
+  const T* filters;  // of this thread's channels, those of the next tap `chunk` on
+  int chunk, c;
+  bool active;  // whether this thread has a part of the work
+  int64_t begin, step, count;
+
+  __device__ PixelWalk(const Depthwise& a, int vectors) {
+    T* shared = reinterpret_cast<T*>(shared_memory());
+    const int t = static_cast<int>(threadIdx.x), groups = kThreads / vectors;
+    chunk = vectors * V;
+    const int first = static_cast<int>(blockIdx.y) * chunk;
+    for (int i = t; i < kTaps * chunk && first + i / kTaps < a.channels; i += kThreads) {
+      shared[i % kTaps * chunk + i / kTaps] = static_cast<const T*>(a.weight)[static_cast<int64_t>(first) * kTaps + i];
+    }
+    __syncthreads();
+    c = first + t % vectors * V;
+    active = t / vectors < groups && c < a.channels;
+    filters = shared + t % vectors * V;
+    count = a.batch * a.height * ((a.width + 1) / 2);
+    step = static_cast<int64_t>(gridDim.x) * groups;
+    begin = static_cast<int64_t>(blockIdx.x) * groups + t / vectors;
+  }
+
+  // The first pixel of pair i.
+  __device__ Place at(const Depthwise& a, int64_t i) const {
+    const int pairs = (a.width + 1) / 2;
+    const int64_t row = i / pairs;
+    return {row / a.height, c, static_cast<int>(row % a.height), static_cast<int>(i % pairs) * 2};
+  }
+};
+
 // How a channels-last kernel shares out its work: blocks of up to 32 vectors of V channels, every thread keeps its
 // vector and takes pixel after pixel, several where there are many, so that loading the filters pays.
 struct PixelGrid {

@@ -19,38 +19,21 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads) upsample_rows(Depthwise a) {
   using A = typename Compute<T>::type;
   constexpr int V = 2 * N;
-  const int per_row = a.width / N;
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= a.batch * a.channels * a.height * per_row) return;
-  const int w = static_cast<int>(i % per_row) * N;
-  i /= per_row;
-  const int h = static_cast<int>(i % a.height);
-  i /= a.height;
-  const int c = static_cast<int>(i % a.channels);
-  const int64_t n = i / a.channels;
-
+  const Place p = place_in_rows<N>(a);
+  if (p.n >= a.batch) return;
   A filter[16];
   constexpr int kWide = kWidest<T>;
-  const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * 16;
+  const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(p.c) * 16;
 #pragma unroll
   for (int tap = 0; tap < 16; tap += kWide) {
     const Pack<T, kWide> taps = load_values<kWide>(weight + tap, 1, a.aligned_weight);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) filter[tap + j] = static_cast<A>(taps.v[j]);
   }
-  A x[3][N + 2] = {};
-#pragma unroll
-  for (int r = 0; r < 3; ++r) {
-    if (h + r - 1 < 0 || h + r - 1 >= a.height) continue;
-    const T* row = a.x.at<const T>(n, c, h + r - 1, w);
-    const Pack<T, N> middle = load_values<N>(row, a.x.w, a.aligned_x);
-    if (w > 0) x[r][0] = static_cast<A>(row[-a.x.w]);
-#pragma unroll
-    for (int j = 0; j < N; ++j) x[r][j + 1] = static_cast<A>(middle.v[j]);
-    if (w + N < a.width) x[r][N + 1] = static_cast<A>(row[N * a.x.w]);
-  }
+  A x[3][N + 2];
+  load_rows<T, N>(a, p, x);
   A y[2][V];
-  const A bias = bias_of<T>(a, c);
+  const A bias = bias_of<T>(a, p.c);
 #pragma unroll
   for (int j = 0; j < V; ++j) y[0][j] = y[1][j] = bias;
   constexpr Phases kPhases;
@@ -70,34 +53,22 @@ __global__ void __launch_bounds__(kThreads) upsample_rows(Depthwise a) {
     Pack<T, V> out;
 #pragma unroll
     for (int j = 0; j < V; ++j) out.v[j] = static_cast<T>(activate(y[r][j], a.act));
-    store(a.y.at<T>(n, c, 2 * h + r, 2 * w), out);
+    store(a.y.at<T>(p.n, p.c, 2 * p.h + r, 2 * p.w), out);
   }
 }
 
-// Channels-last: V neighbouring channels of 2 x 4 outputs, from two input pixels and the ring around them. A block
-// keeps the filters of `vectors` vectors of channels in shared memory, [tap][channel], and walks over the pixels.
+// Channels-last: V neighbouring channels of 2 x 4 outputs, from two input pixels and the ring around them.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) upsample_pixels(Depthwise a, int vectors) {
   using A = typename Compute<T>::type;
-  T* filters = reinterpret_cast<T*>(shared_memory());
-  const int t = static_cast<int>(threadIdx.x), chunk = vectors * V, first = static_cast<int>(blockIdx.y) * chunk;
-  for (int i = t; i < 16 * chunk && first + i / 16 < a.channels; i += kThreads) {
-    filters[i % 16 * chunk + i / 16] = static_cast<const T*>(a.weight)[static_cast<int64_t>(first) * 16 + i];
-  }
-  __syncthreads();
-  const int c = first + t % vectors * V, groups = kThreads / vectors;
-  if (t / vectors >= groups || c >= a.channels) return;
-  filters += t % vectors * V;
+  const PixelWalk<T, V, 16> walk(a, vectors);
+  if (!walk.active) return;
   A bias[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) bias[v] = bias_of<T>(a, c + v);
+  for (int v = 0; v < V; ++v) bias[v] = bias_of<T>(a, walk.c + v);
 
-  const int pairs = (a.width + 1) / 2;
-  const int64_t count = a.batch * a.height * pairs, step = static_cast<int64_t>(gridDim.x) * groups;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * groups + t / vectors; i < count; i += step) {
-    const int w = static_cast<int>(i % pairs) * 2;
-    const int64_t row = i / pairs, n = row / a.height;
-    const int h = static_cast<int>(row % a.height);
+  for (int64_t i = walk.begin; i < walk.count; i += walk.step) {
+    const auto [n, c, h, w] = walk.at(a, i);
     A y[2][4][V];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -108,20 +79,17 @@ __global__ void __launch_bounds__(kThreads) upsample_pixels(Depthwise a, int vec
 #pragma unroll
     for (int r = 0; r < 3; ++r) {
       if (h + r - 1 < 0 || h + r - 1 >= a.height) continue;
-      Pack<T, V> x[4] = {};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (w + j - 1 >= 0 && w + j - 1 < a.width) x[j] = load<V>(a.x.at<const T>(n, c, h + r - 1, w + j - 1));
-      }
+      Pack<T, V> x[4];
+      load_ring(a, {n, c, h + r - 1, w}, x);
 #pragma unroll
       for (int phase = 0; phase < 4; ++phase) {
         if (kPhases.row[phase] != r) continue;
-        const T* f = filters + 4 * kPhases.tap[phase] * chunk;
+        const T* f = walk.filters + 4 * kPhases.tap[phase] * walk.chunk;
         A(*out)[V] = y[kPhases.out[phase]];
         // columns 2w ... 2w + 3 take filter columns 3, 1 | 2, 0 | 3, 1 | 2, 0 of the pixels from w - 1, w, w, w + 1 on
 #pragma unroll
         for (int kw = 0; kw < 4; ++kw) {
-          const Pack<T, V> tap = load<V>(f + kw * chunk);
+          const Pack<T, V> tap = load<V>(f + kw * walk.chunk);
           const int from = kw == 3 ? 0 : kw == 0 ? 2 : 1, to = kw % 2 == 0 ? 1 : 0;
 #pragma unroll
           for (int v = 0; v < V; ++v) {

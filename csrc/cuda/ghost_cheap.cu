@@ -12,29 +12,11 @@ namespace {
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) ghost_rows(Depthwise a) {
   using A = typename Compute<T>::type;
-  const int per_row = a.width / V;
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= a.batch * a.channels * a.height * per_row) return;
-  const int w = static_cast<int>(i % per_row) * V;
-  i /= per_row;
-  const int h = static_cast<int>(i % a.height);
-  i /= a.height;
-  const int c = static_cast<int>(i % a.channels);
-  const int64_t n = i / a.channels;
-
-  A x[3][V + 2] = {};
-#pragma unroll
-  for (int r = 0; r < 3; ++r) {
-    if (h + r - 1 < 0 || h + r - 1 >= a.height) continue;
-    const T* row = a.x.at<const T>(n, c, h + r - 1, w);
-    const Pack<T, V> middle = load_values<V>(row, a.x.w, a.aligned_x);
-    if (r == 1) store(a.copy.at<T>(n, c, h, w), middle);
-    if (w > 0) x[r][0] = static_cast<A>(row[-a.x.w]);
-#pragma unroll
-    for (int j = 0; j < V; ++j) x[r][j + 1] = static_cast<A>(middle.v[j]);
-    if (w + V < a.width) x[r][V + 1] = static_cast<A>(row[V * a.x.w]);
-  }
-  for (int filter = c * a.multiplier; filter < (c + 1) * a.multiplier; ++filter) {
+  const Place p = place_in_rows<V>(a);
+  if (p.n >= a.batch) return;
+  A x[3][V + 2];
+  store(a.copy.at<T>(p.n, p.c, p.h, p.w), load_rows<T, V>(a, p, x));
+  for (int filter = p.c * a.multiplier; filter < (p.c + 1) * a.multiplier; ++filter) {
     const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(filter) * 9;
     const A bias = bias_of<T>(a, filter);
     A y[V];
@@ -49,52 +31,37 @@ __global__ void __launch_bounds__(kThreads) ghost_rows(Depthwise a) {
     Pack<T, V> out;
 #pragma unroll
     for (int j = 0; j < V; ++j) out.v[j] = static_cast<T>(activate(y[j], a.act));
-    store(a.y.at<T>(n, filter, h, w), out);
+    store(a.y.at<T>(p.n, filter, p.h, p.w), out);
   }
 }
 
-// Channels-last, one filter per channel: V neighbouring channels of two pixels. A block keeps the filters of `vectors`
-// vectors of channels in shared memory, [tap][channel], and walks over the pixels.
+// Channels-last, one filter per channel: V neighbouring channels of two pixels.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) ghost_pixels(Depthwise a, int vectors) {
   using A = typename Compute<T>::type;
-  T* filters = reinterpret_cast<T*>(shared_memory());
-  const int t = static_cast<int>(threadIdx.x), chunk = vectors * V, first = static_cast<int>(blockIdx.y) * chunk;
-  for (int i = t; i < 9 * chunk && first + i / 9 < a.channels; i += kThreads) {
-    filters[i % 9 * chunk + i / 9] = static_cast<const T*>(a.weight)[static_cast<int64_t>(first) * 9 + i];
-  }
-  __syncthreads();
-  const int c = first + t % vectors * V, groups = kThreads / vectors;
-  if (t / vectors >= groups || c >= a.channels) return;
-  filters += t % vectors * V;
+  const PixelWalk<T, V, 9> walk(a, vectors);
+  if (!walk.active) return;
   A bias[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) bias[v] = bias_of<T>(a, c + v);
+  for (int v = 0; v < V; ++v) bias[v] = bias_of<T>(a, walk.c + v);
 
-  const int pairs = (a.width + 1) / 2;
-  const int64_t count = a.batch * a.height * pairs, step = static_cast<int64_t>(gridDim.x) * groups;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * groups + t / vectors; i < count; i += step) {
-    const int w = static_cast<int>(i % pairs) * 2;
-    const int64_t row = i / pairs, n = row / a.height;
-    const int h = static_cast<int>(row % a.height);
+  for (int64_t i = walk.begin; i < walk.count; i += walk.step) {
+    const auto [n, c, h, w] = walk.at(a, i);
     A y[2][V];
 #pragma unroll
     for (int v = 0; v < V; ++v) y[0][v] = y[1][v] = bias[v];
 #pragma unroll
     for (int r = 0; r < 3; ++r) {
       if (h + r - 1 < 0 || h + r - 1 >= a.height) continue;
-      Pack<T, V> x[4] = {};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (w + j - 1 >= 0 && w + j - 1 < a.width) x[j] = load<V>(a.x.at<const T>(n, c, h + r - 1, w + j - 1));
-      }
+      Pack<T, V> x[4];
+      load_ring(a, {n, c, h + r - 1, w}, x);
       if (r == 1) {
         store(a.copy.at<T>(n, c, h, w), x[1]);
         if (w + 1 < a.width) store(a.copy.at<T>(n, c, h, w + 1), x[2]);
       }
 #pragma unroll
       for (int kw = 0; kw < 3; ++kw) {
-        const Pack<T, V> tap = load<V>(filters + (3 * r + kw) * chunk);
+        const Pack<T, V> tap = load<V>(walk.filters + (3 * r + kw) * walk.chunk);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           y[0][v] += static_cast<A>(x[kw].v[v]) * static_cast<A>(tap.v[v]);
