@@ -202,6 +202,7 @@ def _predict(options: argparse.Namespace) -> int:
     if estimator.notice and paths and not options.quiet:
         print(f"fastpose: {estimator.notice}", file=sys.stderr)
 
+    inputs = len(paths) + len(errors)
     output = Path(options.output)
     result = _coco_frame(options, estimator.skeleton, errors)
 
@@ -220,7 +221,10 @@ def _predict(options: argparse.Namespace) -> int:
         number, path, poses = item
         if save_images:
             name = f"{path.stem}_pose.png" if stems[path.stem] == 1 else f"{number:06d}_{path.stem}_pose.png"
-            poses.save(output / name, read_image(path), options.threshold)
+            try:  # read again: images are not kept until their batch is done
+                poses.save(output / name, read_image(path), options.threshold)
+            except ImageError as error:
+                report(path, f"not drawn: {error}")
         return item
 
     with tqdm(total=len(paths), unit="image", disable=options.quiet or len(paths) < 20) as progress:
@@ -241,7 +245,7 @@ def _predict(options: argparse.Namespace) -> int:
             drawn = f", drawn images in {output}/" if save_images else ""
             print(f"{len(result['annotations'])} poses in {len(result['images'])} images -> {json_path}{drawn}")
     if errors:
-        print(f"fastpose: {len(errors)} of {len(errors) + len(result['images'])} inputs failed", file=sys.stderr)
+        print(f"fastpose: {len(errors)} of {inputs} inputs failed", file=sys.stderr)
         return BAD_INPUT
     return 0
 

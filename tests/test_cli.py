@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from fastpose import images
 from fastpose.cli import main
 from fastpose.models import create_model
 from fastpose.plan import NotOptimizable
@@ -57,6 +59,24 @@ def test_bad_files_are_reported_and_the_rest_is_done(folder):
     result = json.loads((folder / "r.json").read_text())
     assert len(result["images"]) == 3 and len(result["errors"]) == 2
     assert len(list((folder / "poses").glob("*_pose.png"))) == 3
+
+
+def test_an_image_that_vanishes_before_it_is_drawn(folder, monkeypatch, capsys):
+    read, times = images.read_image, Counter()
+
+    def read_once(path, *arguments):
+        times[path] += 1
+        if path.name == "1.jpg" and times[path] > 1:
+            path.unlink()
+        return read(path, *arguments)
+
+    monkeypatch.setattr(images, "read_image", read_once)
+    arguments = ["predict", str(folder / "in"), "--detector", "none", "--save-images", "--output", str(folder / "out")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "error: not drawn: " in said and "1.jpg: no such file" in said and "1 of 3 inputs failed" in said
+    assert len(json.loads((folder / "out" / "poses.json").read_text())["images"]) == 3
+    assert sorted(p.name for p in (folder / "out").glob("*.png")) == ["0_pose.png", "2_pose.png"]
 
 
 def test_boxes_file(folder):
