@@ -12,6 +12,7 @@ gets a row that says so: pip install '.[peers]'.
     onnxruntime     intra-op threads as given
     openvino        latency hint; for batches also one stream per thread over single images, the faster counts
     ncnn            converted by pnnx, Winograd and packing as by default, float32
+    ... bf16        the same in bfloat16 (only with --bf16); for ncnn as a storage type
 
 Run: python benchmarks/compare_peers.py [--model NAME,...] [--threads 1,2] [--batch 1,32] [--size 256x192] [--rounds 7]
      [--json FILE]
@@ -36,6 +37,7 @@ import numpy as np
 BLOCK = 0.4  # seconds
 MODELS = "mobileposenet,hr_litenet,le_hrnet,lightweight_hrnet_448,lite_csw_hrnet,lite_hrnet_18,lite_hrnet_30,hrnet_w32"
 COMPETITORS = ("fastpose", "eager", "jit.freeze", "compile", "onnxruntime", "openvino", "ncnn")
+BF16 = ("fastpose bf16", "openvino bf16", "ncnn bf16")
 
 
 def build(name: str) -> Any:
@@ -69,7 +71,10 @@ def make_torch(competitor: str, options: argparse.Namespace, x: np.ndarray) -> C
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     model, images = build(options.model), torch.from_numpy(x)
-    model = fastpose.optimize(model) if competitor == "fastpose" else model.to(memory_format=torch.channels_last)
+    if competitor in ("fastpose", "fastpose bf16"):
+        model = fastpose.optimize(model, precision="float32" if competitor == "fastpose" else "bfloat16")
+    else:
+        model = model.to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
     if competitor == "jit.freeze":
         model = torch.jit.freeze(torch.jit.script(model))
@@ -91,7 +96,8 @@ def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[],
 def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": options.threads}
+    precision = "bf16" if options.serve == "openvino bf16" else "f32"
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": options.threads}
     core = openvino.Core()
     request = core.compile_model(
         options.onnx, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"}
@@ -137,7 +143,7 @@ def make_ncnn(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.nda
     net = ncnn.Net()
     net.opt.num_threads = options.threads
     net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
-    net.opt.use_bf16_storage = False
+    net.opt.use_bf16_storage = options.serve == "ncnn bf16"
     net.load_param(str(file.with_suffix(".ncnn.param")))
     net.load_model(str(file.with_suffix(".ncnn.bin")))
     inputs = [ncnn.Mat(image).clone() for image in x]
@@ -166,7 +172,7 @@ def serve(options: argparse.Namespace) -> None:
     os.dup2(2, 1)  # converters print
     try:
         makers = {"onnxruntime": make_onnxruntime, "openvino": make_openvino, "ncnn": make_ncnn}
-        make = makers.get(options.serve, lambda options, x: make_torch(options.serve, options, x))
+        make = makers.get(options.serve.removesuffix(" bf16"), lambda options, x: make_torch(options.serve, options, x))
         call = make(options, x)
         got, expected = call(), np.load(options.expected)
         error = float(np.abs(got - expected).max() / np.abs(expected).max())
@@ -245,8 +251,9 @@ def main() -> None:
     parser.add_argument("--size", default="256x192")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--json")
-    parser.add_argument("--serve", choices=COMPETITORS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=COMPETITORS + BF16, help=argparse.SUPPRESS)
     parser.add_argument("--onnx", help=argparse.SUPPRESS)
     parser.add_argument("--expected", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -257,6 +264,7 @@ def main() -> None:
         serve(arguments)
         return
     arguments.competitors = [c for c in COMPETITORS if c != "compile" or arguments.compile]
+    arguments.competitors += BF16 if arguments.bf16 else ()
     rows: list[dict[str, Any]] = []
     header = f"{'model':16}{'batch':>6}{'threads':>8}  {'competitor':14}{'ms':>9}{'x fastpose':>11}{'error':>9}"
     print(f"size {height}x{width}, load average {os.getloadavg()[0]:.2f}\n{header}", flush=True)

@@ -21,7 +21,7 @@ DRAWN_BEHIND = 4  # pictures that are being written while the next poses are fou
 # what the numbers of an evaluation depend on
 EVALUATION_SETTINGS = (
     "dataset", "data", "split", "limit", "model", "weights", "predictions", "boxes", "least_score", "codec",
-    "input_size", "padding", "nms", "nms_threshold", "keypoint_threshold", "no_flip_test", "evaluator",
+    "input_size", "padding", "nms", "nms_threshold", "keypoint_threshold", "no_flip_test", "precision", "evaluator",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from fastpose.data import METRICS
     from fastpose.ops.oks_nms import METHODS
+    from fastpose.plan import PRECISIONS
     from fastpose.scoring import EVALUATORS
 
     parser = argparse.ArgumentParser(prog="fastpose", description="Small and fast human pose estimation.")
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--save-images", action="store_true", help="write drawn images too (a single image always is)")
     p.add_argument("--threshold", type=float, default=0.25, help="least keypoint score to draw (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
+    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16: faster where the CPU has it")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass: twice as fast, less accurate")
     p.add_argument("--quiet", action="store_true", help="print errors only")
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--evaluator", choices=EVALUATORS, default="fastpose", help="whose code computes AP; same numbers")
     p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
+    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16: faster where the CPU has it")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--results", metavar="FILE", help="write the poses as COCO's submission format")
     p.add_argument("--json", metavar="FILE", help="write the numbers as JSON")
@@ -196,6 +199,7 @@ def _predict(options: argparse.Namespace) -> int:
         detector="none" if options.boxes else options.detector,
         device=options.device,
         batch_size=options.batch_size,
+        precision=options.precision,
         flip_test=False if options.no_flip_test else None,
         skeleton=options.skeleton,
     )
@@ -314,6 +318,7 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
             detector="none",
             device=device,
             batch_size=options.batch_size,
+            precision=options.precision,
             flip_test=False if options.no_flip_test else None,
             skeleton=data.skeleton if others else None,  # others' files do not say
             input_size=tuple(options.input_size) if options.input_size else None,

@@ -106,6 +106,8 @@ class PoseEstimator:
         keypoint_threshold: keypoints that score less count neither for the instance score nor for OKS.
         optimize: run the network through `fastpose.optimize`, which takes some seconds to prepare. None: on a CPU, once
             it pays, which is after `OPTIMIZE_AFTER` crops, and where the network and the installation allow it.
+        precision: of `fastpose.optimize`; ``"bfloat16"`` is faster on processors that have it, a little less accurate,
+            and prepares the network at once.
         channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
         skeleton: the keypoints, a built-in skeleton's name or a `Skeleton`.
         input_size: (height, width) of the crops; for bottom-up networks the lesser number is the shorter side.
@@ -134,6 +136,7 @@ class PoseEstimator:
         nms_threshold: float | None = None,
         keypoint_threshold: float = 0.1,
         optimize: bool | None = None,
+        precision: str = "float32",
         channel_order: str = "rgb",
         skeleton: str | Skeleton | None = None,
         input_size: tuple[int, int] | None = None,
@@ -147,6 +150,13 @@ class PoseEstimator:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device = torch.device("cpu" if device is None else device)
+        if precision != "float32":
+            reason = "" if use_fused() else WHY_NOT
+            reason = f"it runs on the CPU, not on {self.device}" if self.device.type != "cpu" else reason
+            reason = "optimize=False switches it off" if optimize is False else reason
+            if reason:
+                raise ValueError(f"precision {precision!r} needs fastpose.optimize: {reason}")
+            optimize = True
         checkpoint = read_weights(weights, model)
         network = create_from(checkpoint, model)
         name = skeleton.name if isinstance(skeleton, Skeleton) else skeleton
@@ -159,7 +169,7 @@ class PoseEstimator:
         _check_settings(self.info, self.skeleton, network)
         self.model = channels_last(network.to(self.device))
         if optimize:
-            self.model = fastpose_optimize(self.model, self.info.input_size)
+            self.model = fastpose_optimize(self.model, self.info.input_size, precision)
         self.not_optimized = ""
         if optimize is False:
             self.not_optimized = "switched off by optimize=False"

@@ -29,8 +29,9 @@ PAD, PANEL, VERSION = 16, 32, 2
 CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, INTERLEAVE, CHANNEL_STATS = range(12)
 SCALE_PIXELS, COPY, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(12, 19)
 MEAN_OF_ROWS, MEAN_OF_COLUMNS, COORDINATE_MEAN, GROUP_SOFTMAX, GROUP_ATTENTION = range(19, 24)
-DECONV, MAX_POOL, WINOGRAD, SHUFFLE = range(24, 28)
+DECONV, MAX_POOL, WINOGRAD, SHUFFLE, CONV_BF16 = range(24, 29)
 WINOGRAD_LIMIT = 128 * 128  # pairs of channels
+PRECISIONS = ("float32", "bfloat16")
 ACTIVATIONS = {
     aten.relu.default: 1,
     aten.relu_.default: 1,
@@ -184,22 +185,28 @@ class _Program:
         return self.length - len(flat)
 
 
-def optimize(model: nn.Module, size: tuple[int, int] | None = None) -> Optimized:
+def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: str = "float32") -> Optimized:
     """A copy of `model` for inference on the CPU, in one fused call.
 
     Args:
         model: one of this package's networks (or any module made of the operations below) with float32 parameters.
         size: (height, width) of an example input; results are for any size the network takes.
+        precision: ``"float32"``, or ``"bfloat16"`` for the products of 1x1 convolutions, where most of a light
+            network's arithmetic is: maps and weights are rounded to 8 bits as they are multiplied, sums and everything
+            else stay float32. Twice as fast there on processors with AVX512-BF16, slower on others.
 
     Returns:
-        A module with the same interface. It computes in float32 and differs from the model by rounding only.
+        A module with the same interface. In float32 it differs from the model by rounding only.
 
     Raises:
         RuntimeError: the compiled operators are not available.
+        ValueError: an unknown precision.
         NotOptimizable: an operation is not understood; the message names it.
     """
     if not _backend.LOADED:
         raise RuntimeError(f"optimize needs the compiled operators: {_backend.WHY_NOT}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     reference = set_fused(copy.deepcopy(model).eval(), False)
     multiple = int(getattr(model, "input_multiple", 32))
     height, width = size or (2 * multiple, 2 * multiple)
@@ -215,15 +222,15 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None) -> Optimized
                 )
             kind = OptimizedPair if len(returned) == 2 else OptimizedSingle
         exported = torch.export.export(reference, (example,))
-    return kind(*_Lowering(exported, type(model).__name__, multiple).lower())
+    return kind(*_Lowering(exported, type(model).__name__, multiple, precision).lower())
 
 
 class _Lowering:
     """Turns an exported graph into instructions. Values are graph nodes; every instruction ends at one node."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, name: str, multiple: int) -> None:
+    def __init__(self, exported: torch.export.ExportedProgram, name: str, multiple: int, precision: str) -> None:
         self.graph = exported.graph
-        self.name, self.multiple = name, multiple
+        self.name, self.multiple, self.precision = name, multiple, precision
         signature = exported.graph_signature
         state = {**exported.state_dict, **exported.constants}
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -361,6 +368,8 @@ class _Lowering:
             fits = fits and k in (3, 5, 7) and stride in (1, 2) and padding == k // 2
         else:
             op = WINOGRAD if _suits_winograd(weight, stride, padding) else CONV
+            if self.precision == "bfloat16" and (k, stride, padding) == (1, 1, 0):
+                op = CONV if given["input"].op == "placeholder" else CONV_BF16  # the image is not padded
             fits = fits and groups == 1
         if not fits:
             raise NotOptimizable(
@@ -380,7 +389,7 @@ class _Lowering:
         gated = self.gated.get(given["input"])
         if gated is not None:
             step.operand, step.gate, step.constant = gated.operand, gated.gate, gated.constant
-        self.finish(step, last, residual=op in (CONV, WINOGRAD))
+        self.finish(step, last, residual=op in (CONV, CONV_BF16, WINOGRAD))
 
     def square(self, node: Node, value: Any) -> int:
         values = {int(v) for v in value} if isinstance(value, (list, tuple)) else {int(value)}
@@ -759,6 +768,10 @@ def _pack(op: int, weight: Tensor) -> Tensor:
         basis /= 24
         squares = torch.einsum("ay,oiyx,bx->aboi", basis, weight, basis).flatten(0, 1)
         return torch.cat([_pack(CONV, square[:, :, None, None]) for square in squares])
+    if op == CONV_BF16:  # pairs of input channels in the bits of a float
+        pairs = nn.functional.pad(padded.flatten(1), (0, padded.shape[1] % 2)).bfloat16().unflatten(1, (-1, 2))
+        rows = pairs.contiguous().view(torch.float32).squeeze(2).t()  # [in / 2, out]
+        return torch.cat([panel.reshape(-1) for panel in rows.split(PANEL, dim=1)])
     if op != CONV:
         return padded.flatten(1).t()  # [k * k, channels]
     rows = padded.permute(2, 3, 1, 0).flatten(0, 2)  # [k * k * in, out]

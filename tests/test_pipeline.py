@@ -13,7 +13,7 @@ from fastpose import BoxError, ImageError, PoseEstimator, Poses
 from fastpose.checkpoints import read_info, resolve_weights, save_weights
 from fastpose.detect import HOG_MISSING, hog_available, make_detector
 from fastpose.images import find_images, read_image
-from fastpose.ops import oks_nms
+from fastpose.ops import oks_nms, use_fused
 from fastpose.pipeline import OPTIMIZE_AFTER
 from fastpose.skeletons import COCO17, LSP14, MPII16, Skeleton, get_skeleton
 from tests.conftest import needs_kernels
@@ -308,3 +308,16 @@ def test_optimised_after_some_crops_with_the_same_result(photo):
     assert isinstance(lazy.model, fastpose.Optimized) and not isinstance(plain.model, fastpose.Optimized)
     assert lazy.not_optimized == eager.not_optimized == ""
     assert np.allclose(many, expected, atol=1e-2)
+
+
+def test_bfloat16_moves_keypoints_a_little(photo):
+    with pytest.raises(ValueError, match="needs fastpose.optimize: optimize=False switches it off"):
+        PoseEstimator(detector="none", optimize=False, precision="bfloat16")
+    if not use_fused():
+        with pytest.raises(ValueError, match="precision 'bfloat16' needs fastpose.optimize: "):
+            PoseEstimator(detector="none", precision="bfloat16")
+        return
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
+        PoseEstimator(detector="none", precision="half")
+    exact, rounded = (PoseEstimator(detector="none", precision=p)(photo).keypoints for p in ("float32", "bfloat16"))
+    assert 0 < np.abs(exact - rounded).max() < 3 and np.median(np.abs(exact - rounded)) < 0.3

@@ -29,7 +29,7 @@ A* scratch(int slot, int64_t count) {
 
 // Channels per block: the lanes of a vector at the level in use.
 inline int64_t lanes(ScalarType type) {
-  const int64_t bytes = isa() == Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16;
+  const int64_t bytes = isa() >= Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16;
   return type == ScalarType::Double ? bytes / 8 : bytes / 4;
 }
 

@@ -1,6 +1,9 @@
 // Includes the file named by FASTPOSE_KERNEL_FILE once per instruction set level, each time in its own namespace
 // (FASTPOSE_ISA) and compiled for that level. No include guard, on purpose.
 //
+// A file that has something to gain from bfloat16 products defines FASTPOSE_USES_BF16 first and is compiled for a
+// fourth level, avx512_bf16, where FASTPOSE_BF16 is 1.
+//
 // Rules for a kernel file: everything inside namespace fastpose::FASTPOSE_ISA; standard headers are included before
 // this file, so that no library function is compiled for the wrong machine; no lambdas (compilers disagree on whether
 // they inherit the target); vectors come from cpu/vec.h.
@@ -12,14 +15,21 @@
   _Pragma(                                                                                                   \
       "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), " \
       "apply_to = function)")
+#define FASTPOSE_TARGET_AVX512_BF16 \
+  _Pragma(                          \
+      "clang attribute push(__attribute__((target(\"avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,\" \
+      \"avx2,fma,f16c\"))), apply_to = function)")
 #define FASTPOSE_TARGET_END _Pragma("clang attribute pop")
 #elif defined(__x86_64__)
 #define FASTPOSE_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
 #define FASTPOSE_TARGET_AVX512 \
   _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\")")
+#define FASTPOSE_TARGET_AVX512_BF16 \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\")")
 #define FASTPOSE_TARGET_END _Pragma("GCC pop_options")
 #endif
 
+#define FASTPOSE_BF16 0
 #define FASTPOSE_ISA baseline
 #define FASTPOSE_VECTOR_BYTES 16
 #include FASTPOSE_KERNEL_FILE
@@ -43,11 +53,29 @@ FASTPOSE_TARGET_AVX512
 #undef FASTPOSE_VECTOR_BYTES
 FASTPOSE_TARGET_END
 
+#if defined(FASTPOSE_USES_BF16)
+#undef FASTPOSE_BF16
+#define FASTPOSE_BF16 1
+FASTPOSE_TARGET_AVX512_BF16
+#define FASTPOSE_ISA avx512_bf16
+#define FASTPOSE_VECTOR_BYTES 64
+#include FASTPOSE_KERNEL_FILE
+#undef FASTPOSE_ISA
+#undef FASTPOSE_VECTOR_BYTES
+FASTPOSE_TARGET_END
+#define FASTPOSE_CALL_BF16(function, ...) \
+  ::fastpose::isa() == ::fastpose::Isa::kAvx512Bf16 ? ::fastpose::avx512_bf16::function(__VA_ARGS__):
+#else
+#define FASTPOSE_CALL_BF16(function, ...)
+#endif
+
 // FASTPOSE_CALL(function, arguments): calls the function of the level in use.
-#define FASTPOSE_CALL(function, ...)                                                         \
-  (::fastpose::isa() == ::fastpose::Isa::kAvx512 ? ::fastpose::avx512::function(__VA_ARGS__) \
-   : ::fastpose::isa() == ::fastpose::Isa::kAvx2 ? ::fastpose::avx2::function(__VA_ARGS__)   \
+#define FASTPOSE_CALL(function, ...)                                                       \
+  (FASTPOSE_CALL_BF16(function, __VA_ARGS__)::fastpose::isa() >= ::fastpose::Isa::kAvx512  \
+       ? ::fastpose::avx512::function(__VA_ARGS__)                                         \
+   : ::fastpose::isa() == ::fastpose::Isa::kAvx2 ? ::fastpose::avx2::function(__VA_ARGS__) \
                                                  : ::fastpose::baseline::function(__VA_ARGS__))
 #else
 #define FASTPOSE_CALL(function, ...) ::fastpose::baseline::function(__VA_ARGS__)
 #endif
+#undef FASTPOSE_BF16

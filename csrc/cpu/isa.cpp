@@ -11,7 +11,7 @@ Isa detected_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   }
   if (avx2) return Isa::kAvx2;
 #endif
@@ -24,7 +24,7 @@ Isa choose() {
   Isa level = detected_isa();
   const char* wish = std::getenv("FASTPOSE_CPU_ISA");
   if (wish != nullptr) {
-    for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
       if (std::string(wish) == isa_name(lower) && lower < level) level = lower;
     }
   }
@@ -40,6 +40,7 @@ Isa isa() {
 
 const char* isa_name(Isa level) {
   switch (level) {
+    case Isa::kAvx512Bf16: return "avx512_bf16";
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx2: return "avx2";
     default: return "baseline";

@@ -3,9 +3,11 @@
 
 namespace fastpose {
 
-enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+// The last one has bfloat16 products; only kernels that use them are compiled for it.
+enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-// What the processor can do, lowered (never raised) by FASTPOSE_CPU_ISA=baseline|avx2|avx512. Read once.
+// What the processor can do, lowered (never raised) by FASTPOSE_CPU_ISA=baseline|avx2|avx512|avx512_bf16.
+// Read once.
 Isa isa();
 
 // What the processor can do.

@@ -18,6 +18,7 @@
 #include "checks.h"
 #include "cpu/depthwise.h"
 
+#define FASTPOSE_USES_BF16
 #define FASTPOSE_KERNEL_FILE "cpu/run_plan_kernel.h"
 #include "cpu/foreach_isa.h"
 
@@ -111,7 +112,7 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     std::memcpy(&constant, &bits, sizeof(constant));
     const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],  q[4],    q[5], q[6], q[7],
                      static_cast<PlanAct>(q[8]), q[9], q[10], q[11], constant};
-    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kShuffle) && q[8] >= 0 &&
+    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kConvBf16) && q[8] >= 0 &&
               q[8] <= static_cast<int64_t>(PlanAct::kRelu6);
     for (const int64_t m : {s.in, s.other, s.gate}) {
       if (m == -1 && m != s.in) continue;
@@ -129,6 +130,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     if (s.op == PlanOp::kConv) {
       ok = s.kernel >= 1 && s.kernel <= 31 && s.stride >= 1 && s.stride <= 31 && s.padding >= 0 && s.padding < s.kernel;
       needed = s.kernel * s.kernel * in_channels * out_stride;
+    } else if (s.op == PlanOp::kConvBf16) {
+      needed = ceil_div(in_channels, 2) * out_stride;
     } else if (s.op == PlanOp::kWinograd) {
       needed = 36 * in_channels * out_stride;
     } else if (s.op == PlanOp::kDeconv) {
@@ -269,6 +272,8 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       out.height = out.width = 1;
     } else if (s.op == PlanOp::kWinograd) {
       l.gather = std::max(l.gather, winograd_scratch(in.channels, out.channels));
+    } else if (s.op == PlanOp::kConvBf16) {
+      l.gather = std::max(l.gather, 12 * bf16_row(in.channels));
     } else if (s.op == PlanOp::kMeanOfRows) {
       out.width = 1;
     } else if (s.op == PlanOp::kMeanOfColumns) {
@@ -382,6 +387,7 @@ int64_t cycles(const PlanTask& t) {
   const int64_t k = t.step->kernel, numbers = t.out.pixels() * t.out.channels, read = t.in.pixels() * t.in.channels;
   switch (t.step->op) {
     case PlanOp::kConv: return numbers * k * k * t.in.channels / 16;
+    case PlanOp::kConvBf16: return numbers * t.in.channels / 32;
     case PlanOp::kWinograd: return numbers * t.in.channels / 4;
     case PlanOp::kDeconv: return numbers * t.in.channels / 4;
     case PlanOp::kDepthwise: return numbers * k * k / 8;

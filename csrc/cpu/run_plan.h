@@ -52,6 +52,9 @@ enum class PlanOp : int64_t {
   kMaxPool,   // maximum of kernel x kernel pixels, those outside the map left out
   kWinograd,  // dense 3x3 convolution, stride 1, padding 1, as kConv; weights [36][panel][in][width], see `winograd`
   kShuffle,   // channels i * (channels / kernel) + j become j * kernel + i
+  // 1x1 convolution as kConv with map and weights rounded to bfloat16, sums in float: weights [panel][in / 2][width],
+  // each a pair of bfloat16 for two channels of the map; of an odd number the last has a 0 beside it
+  kConvBf16,
 };
 
 struct PlanStep {
@@ -86,6 +89,9 @@ inline int64_t group_attention_scratch(const PlanMap& in) {
   const int64_t rows = (in.height < kBandRows ? in.height : kBandRows) + 6;
   return in.channels * (50 + rows * (in.width + 6)) + kPad;
 }
+
+// kConvBf16 rounds some pixels at a time, each to so many floats' worth of pairs.
+inline int64_t bf16_row(int64_t channels) { return (channels + 2 * kPad - 1) / (2 * kPad) * kPad; }
 
 // kWinograd computes squares of 4x4 outputs, so many at a time.
 constexpr int64_t kSquares = 12;

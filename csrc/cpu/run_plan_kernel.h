@@ -66,6 +66,30 @@ FASTPOSE_INLINE void put(float* p, V v, int64_t room) {
 // The larger of two; NaN if either is.
 FASTPOSE_INLINE V larger(V a, V b) { return a != a ? a : a > b ? a : b; }
 
+// sum + a * weight; of pairs, both products. A pair of bfloat16 lies in the bits of a float, the first below.
+template <bool kPairs, class X>
+FASTPOSE_INLINE X multiply_add(X sum, float a, X weight) {
+  if constexpr (!kPairs) return sum + a * weight;
+#if FASTPOSE_BF16
+  if constexpr (kPairs && sizeof(X) == 64) {
+    return reinterpret_cast<X>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)_mm512_set1_ps(a),
+                                                (__m512bh) reinterpret_cast<__m512>(weight)));
+  }
+  if constexpr (kPairs && sizeof(X) == 32) {
+    return reinterpret_cast<X>(_mm256_dpbf16_ps(reinterpret_cast<__m256>(sum), (__m256bh)_mm256_set1_ps(a),
+                                                (__m256bh) reinterpret_cast<__m256>(weight)));
+  }
+#else
+  if constexpr (kPairs) {
+    typedef int32_t Bits __attribute__((vector_size(sizeof(X))));
+    const Bits bits = reinterpret_cast<Bits>(weight);
+    const uint32_t pair = __builtin_bit_cast(uint32_t, a);
+    sum += __builtin_bit_cast(float, pair & 0xffff0000u) * reinterpret_cast<X>(bits & ~0xffff);
+    return sum + __builtin_bit_cast(float, pair << 16) * reinterpret_cast<X>(bits << 16);
+  }
+#endif
+}
+
 // What a tile works on: rows r of `a`, a column of the packed weights, and the same columns of bias, other and out.
 struct ConvTile {
   const float* a;
@@ -85,8 +109,8 @@ FASTPOSE_INLINE void finish(const ConvTile& t, int r, int64_t c, V y) {
 }
 
 // out[r] = act(bias + sum_k a[r][k] weight[k] (+ other[r])) for kR rows and kFull vectors, and half a one if kHalf, of
-// channels: the sums stay in registers.
-template <int kR, int kFull, bool kHalf>
+// channels: the sums stay in registers. With kPairs every a and weight is a pair of bfloat16.
+template <int kR, int kFull, bool kHalf, bool kPairs>
 FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
   V sum[kR][kFull > 0 ? kFull : 1];
   Half half[kR];
@@ -109,8 +133,8 @@ FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
       for (int r = 0; r < kR; ++r) {
         const float s = a[r * t.a_stride];
 #pragma GCC unroll 2
-        for (int v = 0; v < kFull; ++v) sum[r][v] += s * w[v];
-        if (kHalf) half[r] += s * h;
+        for (int v = 0; v < kFull; ++v) sum[r][v] = multiply_add<kPairs>(sum[r][v], s, w[v]);
+        if (kHalf) half[r] = multiply_add<kPairs>(half[r], s, h);
       }
     }
   }
@@ -129,7 +153,7 @@ struct Rows {
 };
 
 // kR rows, all channels.
-template <int kR>
+template <int kR, bool kPairs>
 void conv_row_block(const Rows& rows, int64_t r, const PlanTask& task, int64_t row) {
   const int64_t channels = task.out.channels, packed = pad(channels), stride = task.out.stride;
   const int64_t depth = rows.pieces * rows.depth;
@@ -152,16 +176,16 @@ void conv_row_block(const Rows& rows, int64_t r, const PlanTask& task, int64_t r
       t.out = task.out.data + row * stride + n + c;
       t.room = task.out.room - n - c;
       if (c + 2 * kL <= t.weight_stride && left > (kUseHalf ? kL + kL / 2 : kL)) {
-        conv_tile<kR, 2, false>(t);
+        conv_tile<kR, 2, false, kPairs>(t);
         c += 2 * kL;
       } else if (kUseHalf && left > kL) {
-        conv_tile<kR, 1, kUseHalf>(t);
+        conv_tile<kR, 1, kUseHalf, kPairs>(t);
         c += 2 * kL;
       } else if (kUseHalf && left <= kL / 2) {
-        conv_tile<kR, 0, kUseHalf>(t);
+        conv_tile<kR, 0, kUseHalf, kPairs>(t);
         c += kL;
       } else {
-        conv_tile<kR, 1, false>(t);
+        conv_tile<kR, 1, false, kPairs>(t);
         c += kL;
       }
     }
@@ -169,12 +193,34 @@ void conv_row_block(const Rows& rows, int64_t r, const PlanTask& task, int64_t r
 }
 
 // `count` rows of the matrix product, for output pixels from `first` on.
+template <bool kPairs = false>
 void conv_rows(const Rows& rows, int64_t count, const PlanTask& t, int64_t first) {
   int64_t r = 0;
-  for (; r + kRows <= count; r += kRows) conv_row_block<kRows>(rows, r, t, first + r);
-  for (; r + 6 <= count; r += 6) conv_row_block<6>(rows, r, t, first + r);
-  for (; r + 4 <= count; r += 4) conv_row_block<4>(rows, r, t, first + r);
-  for (; r < count; ++r) conv_row_block<1>(rows, r, t, first + r);
+  for (; r + kRows <= count; r += kRows) conv_row_block<kRows, kPairs>(rows, r, t, first + r);
+  for (; r + 6 <= count; r += 6) conv_row_block<6, kPairs>(rows, r, t, first + r);
+  for (; r + 4 <= count; r += 4) conv_row_block<4, kPairs>(rows, r, t, first + r);
+  for (; r < count; ++r) conv_row_block<1, kPairs>(rows, r, t, first + r);
+}
+
+// `from` [channels] rounded to bfloat16, to the nearest and of two as near to the even one.
+typedef uint16_t Bf16 __attribute__((may_alias));
+FASTPOSE_INLINE void round_to_pairs(const float* from, int64_t channels, float* to) {
+#if FASTPOSE_BF16
+  for (int64_t c = 0; c < channels; c += 2 * kL) {
+    const V low = load(from + c), high = c + kL < channels ? load(from + c + kL) : V{};
+    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
+    store(to + c / 2, reinterpret_cast<V>((__m512)both));
+  }
+  Bf16* rounded = reinterpret_cast<Bf16*>(to);
+#else
+  Bf16* rounded = reinterpret_cast<Bf16*>(to);
+  for (int64_t c = 0; c < channels; ++c) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, from[c]);
+    const bool nan = from[c] != from[c];
+    rounded[c] = static_cast<Bf16>((nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+#endif
+  if (channels % 2 != 0) rounded[channels] = 0;
 }
 
 // In whole vectors: up to kL - 1 numbers more are read and written. Copies go forward, so the next one repairs that,
@@ -235,6 +281,19 @@ void conv(const PlanTask& t, int64_t tile, float* scratch) {
       if (++x == t.out.width) x = 0, ++y;
     }
     conv_rows({scratch, depth, depth}, rows, t, first);
+  }
+}
+
+// kConvBf16: the pixels of a block are rounded once for all panels of weights.
+void conv_bf16(const PlanTask& t, int64_t tile, float* scratch) {
+  const auto [begin, end] = range_of(t, tile, t.out.pixels());
+  const int64_t channels = t.in.channels, row = bf16_row(channels);
+  for (int64_t first = begin; first < end; first += kRows) {
+    const int64_t rows = end - first < kRows ? end - first : kRows;
+    for (int64_t r = 0; r < rows; ++r) {
+      round_to_pairs(t.in.data + (first + r) * t.in.stride, channels, scratch + r * row);
+    }
+    conv_rows<true>({scratch, row, (channels + 1) / 2}, rows, t, first);
   }
 }
 
@@ -938,6 +997,7 @@ struct PlanLevel {
   static void run(const PlanTask& t, int64_t tile, float* scratch) {
     switch (t.step->op) {
       case PlanOp::kConv: return to_one(t) ? conv_to_one(t, tile, scratch) : conv(t, tile, scratch);
+      case PlanOp::kConvBf16: return conv_bf16(t, tile, scratch);
       case PlanOp::kDepthwise: return depthwise(t, tile, scratch);
       case PlanOp::kUpsample: return upsample(t, tile);
       case PlanOp::kMean: return reduce<false>(t, tile, 1.0f / static_cast<float>(t.in.pixels()));
