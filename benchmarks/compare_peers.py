@@ -13,6 +13,7 @@ gets a row that says so: pip install '.[peers]'.
     openvino        latency hint; for batches also one stream per thread over single images, the faster counts
     ncnn            converted by pnnx, Winograd and packing as by default, float32
     ... bf16        the same in bfloat16 (only with --bf16); for ncnn as a storage type
+    fastpose int8   1x1 convolutions of many channels with bytes (only with --bf16)
 
 Run: python benchmarks/compare_peers.py [--model NAME,...] [--threads 1,2] [--batch 1,32] [--size 256x192] [--rounds 7]
      [--json FILE]
@@ -37,7 +38,8 @@ import numpy as np
 BLOCK = 0.4  # seconds
 MODELS = "mobileposenet,hr_litenet,le_hrnet,lightweight_hrnet_448,lite_csw_hrnet,lite_hrnet_18,lite_hrnet_30,hrnet_w32"
 COMPETITORS = ("fastpose", "eager", "jit.freeze", "compile", "onnxruntime", "openvino", "ncnn")
-BF16 = ("fastpose bf16", "openvino bf16", "ncnn bf16")
+BF16 = ("fastpose bf16", "fastpose int8", "openvino bf16", "ncnn bf16")
+PRECISION = {"fastpose": "float32", "fastpose bf16": "bfloat16", "fastpose int8": "int8"}
 
 
 def build(name: str) -> Any:
@@ -71,8 +73,8 @@ def make_torch(competitor: str, options: argparse.Namespace, x: np.ndarray) -> C
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     model, images = build(options.model), torch.from_numpy(x)
-    if competitor in ("fastpose", "fastpose bf16"):
-        model = fastpose.optimize(model, precision="float32" if competitor == "fastpose" else "bfloat16")
+    if competitor in PRECISION:
+        model = fastpose.optimize(model, precision=PRECISION[competitor])
     else:
         model = model.to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)

@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--save-images", action="store_true", help="write drawn images too (a single image always is)")
     p.add_argument("--threshold", type=float, default=0.25, help="least keypoint score to draw (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
-    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16: faster where the CPU has it")
+    p.add_argument(
+        "--precision", choices=PRECISIONS, default="float32", help="bfloat16, int8: faster where the CPU has them"
+    )
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass: twice as fast, less accurate")
     p.add_argument("--quiet", action="store_true", help="print errors only")
@@ -100,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--evaluator", choices=EVALUATORS, default="fastpose", help="whose code computes AP; same numbers")
     p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
-    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16: faster where the CPU has it")
+    p.add_argument(
+        "--precision", choices=PRECISIONS, default="float32", help="bfloat16, int8: faster where the CPU has them"
+    )
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--results", metavar="FILE", help="write the poses as COCO's submission format")
     p.add_argument("--json", metavar="FILE", help="write the numbers as JSON")

@@ -106,8 +106,8 @@ class PoseEstimator:
         keypoint_threshold: keypoints that score less count neither for the instance score nor for OKS.
         optimize: run the network through `fastpose.optimize`, which takes some seconds to prepare. None: on a CPU, once
             it pays, which is after `OPTIMIZE_AFTER` crops, and where the network and the installation allow it.
-        precision: of `fastpose.optimize`; ``"bfloat16"`` is faster on processors that have it, a little less accurate,
-            and prepares the network at once.
+        precision: of `fastpose.optimize`; ``"bfloat16"`` and ``"int8"`` are faster on processors that have them, a
+            little less accurate, and prepare the network at once.
         channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
         skeleton: the keypoints, a built-in skeleton's name or a `Skeleton`.
         input_size: (height, width) of the crops; for bottom-up networks the lesser number is the shorter side.

@@ -310,14 +310,16 @@ def test_optimised_after_some_crops_with_the_same_result(photo):
     assert np.allclose(many, expected, atol=1e-2)
 
 
-def test_bfloat16_moves_keypoints_a_little(photo):
+def test_reduced_precision_moves_keypoints_a_little(photo):
     with pytest.raises(ValueError, match="needs fastpose.optimize: optimize=False switches it off"):
         PoseEstimator(detector="none", optimize=False, precision="bfloat16")
     if not use_fused():
         with pytest.raises(ValueError, match="precision 'bfloat16' needs fastpose.optimize: "):
             PoseEstimator(detector="none", precision="bfloat16")
         return
-    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, int8, got 'half'"):
         PoseEstimator(detector="none", precision="half")
-    exact, rounded = (PoseEstimator(detector="none", precision=p)(photo).keypoints for p in ("float32", "bfloat16"))
-    assert 0 < np.abs(exact - rounded).max() < 3 and np.median(np.abs(exact - rounded)) < 0.3
+    exact = PoseEstimator(detector="none", optimize=True)(photo).keypoints
+    for precision in ("bfloat16", "int8"):
+        moved = np.abs(PoseEstimator(detector="none", precision=precision)(photo).keypoints - exact)
+        assert moved.max() > 0 and np.median(moved) < 0.5  # an uncertain keypoint may jump

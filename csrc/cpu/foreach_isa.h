@@ -1,8 +1,8 @@
 // Includes the file named by FASTPOSE_KERNEL_FILE once per instruction set level, each time in its own namespace
 // (FASTPOSE_ISA) and compiled for that level. No include guard, on purpose.
 //
-// A file that has something to gain from bfloat16 products defines FASTPOSE_USES_BF16 first and is compiled for a
-// fourth level, avx512_bf16, where FASTPOSE_BF16 is 1.
+// A file that has something to gain from products of bfloat16 or bytes defines FASTPOSE_USES_BF16 first and is compiled
+// for a fourth level, avx512_bf16, where FASTPOSE_BF16 is 1.
 //
 // Rules for a kernel file: everything inside namespace fastpose::FASTPOSE_ISA; standard headers are included before
 // this file, so that no library function is compiled for the wrong machine; no lambdas (compilers disagree on whether
@@ -17,7 +17,7 @@
       "apply_to = function)")
 #define FASTPOSE_TARGET_AVX512_BF16 \
   _Pragma(                          \
-      "clang attribute push(__attribute__((target(\"avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,\" \
+      "clang attribute push(__attribute__((target(\"avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,\" \
       \"avx2,fma,f16c\"))), apply_to = function)")
 #define FASTPOSE_TARGET_END _Pragma("clang attribute pop")
 #elif defined(__x86_64__)
@@ -25,7 +25,8 @@
 #define FASTPOSE_TARGET_AVX512 \
   _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\")")
 #define FASTPOSE_TARGET_AVX512_BF16 \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\")")
+  _Pragma("GCC push_options")       \
+      _Pragma("GCC target(\"avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\")")
 #define FASTPOSE_TARGET_END _Pragma("GCC pop_options")
 #endif
 

@@ -3,7 +3,7 @@
 
 namespace fastpose {
 
-// The last one has bfloat16 products; only kernels that use them are compiled for it.
+// The last one has products of bfloat16 and of bytes; only kernels that use them are compiled for it.
 enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 // What the processor can do, lowered (never raised) by FASTPOSE_CPU_ISA=baseline|avx2|avx512|avx512_bf16.

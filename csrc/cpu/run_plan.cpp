@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
@@ -112,7 +113,7 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     std::memcpy(&constant, &bits, sizeof(constant));
     const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],  q[4],    q[5], q[6], q[7],
                      static_cast<PlanAct>(q[8]), q[9], q[10], q[11], constant};
-    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kConvBf16) && q[8] >= 0 &&
+    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kConvInt8) && q[8] >= 0 &&
               q[8] <= static_cast<int64_t>(PlanAct::kRelu6);
     for (const int64_t m : {s.in, s.other, s.gate}) {
       if (m == -1 && m != s.in) continue;
@@ -132,6 +133,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       needed = s.kernel * s.kernel * in_channels * out_stride;
     } else if (s.op == PlanOp::kConvBf16) {
       needed = ceil_div(in_channels, 2) * out_stride;
+    } else if (s.op == PlanOp::kConvInt8) {
+      needed = ceil_div(in_channels, 4) * out_stride;
     } else if (s.op == PlanOp::kWinograd) {
       needed = 36 * in_channels * out_stride;
     } else if (s.op == PlanOp::kDeconv) {
@@ -167,7 +170,7 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     }
     if (needed > 0) {
       ok = ok && s.weight >= 0 && s.weight + needed <= weights.size(0) && s.bias >= 0 &&
-           s.bias + out_stride <= weights.size(0);
+           s.bias + (s.op == PlanOp::kConvInt8 ? 3 : 1) * out_stride <= weights.size(0);
     }
     const auto has = [&](int64_t m, int64_t channels) {
       return m < 0 || plan.channels[static_cast<size_t>(m)] == channels;
@@ -274,6 +277,8 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       l.gather = std::max(l.gather, winograd_scratch(in.channels, out.channels));
     } else if (s.op == PlanOp::kConvBf16) {
       l.gather = std::max(l.gather, 12 * bf16_row(in.channels));
+    } else if (s.op == PlanOp::kConvInt8) {
+      l.gather = std::max(l.gather, kScales + 12 * int8_row(in.channels));
     } else if (s.op == PlanOp::kMeanOfRows) {
       out.width = 1;
     } else if (s.op == PlanOp::kMeanOfColumns) {
@@ -388,6 +393,7 @@ int64_t cycles(const PlanTask& t) {
   switch (t.step->op) {
     case PlanOp::kConv: return numbers * k * k * t.in.channels / 16;
     case PlanOp::kConvBf16: return numbers * t.in.channels / 32;
+    case PlanOp::kConvInt8: return numbers * t.in.channels / 64 + read;
     case PlanOp::kWinograd: return numbers * t.in.channels / 4;
     case PlanOp::kDeconv: return numbers * t.in.channels / 4;
     case PlanOp::kDepthwise: return numbers * k * k / 8;

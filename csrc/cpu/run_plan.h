@@ -55,6 +55,10 @@ enum class PlanOp : int64_t {
   // 1x1 convolution as kConv with map and weights rounded to bfloat16, sums in float: weights [panel][in / 2][width],
   // each a pair of bfloat16 for two channels of the map; of an odd number the last has a 0 beside it
   kConvBf16,
+  // 1x1 convolution as kConv of bytes: every pixel of the map is scaled to 0 ... 255 between its least and its greatest
+  // number, or 0; weights [panel][in / 4][width], each four signed bytes for four channels; behind the bias as many
+  // scales of the filters, then as many sums of them
+  kConvInt8,
 };
 
 struct PlanStep {
@@ -92,6 +96,10 @@ inline int64_t group_attention_scratch(const PlanMap& in) {
 
 // kConvBf16 rounds some pixels at a time, each to so many floats' worth of pairs.
 inline int64_t bf16_row(int64_t channels) { return (channels + 2 * kPad - 1) / (2 * kPad) * kPad; }
+
+// kConvInt8 likewise; in front stand the scale and zero of each pixel.
+constexpr int64_t kScales = 2 * kPad;
+inline int64_t int8_row(int64_t channels) { return (channels + 4 * kPad - 1) / (4 * kPad) * kPad; }
 
 // kWinograd computes squares of 4x4 outputs, so many at a time.
 constexpr int64_t kSquares = 12;

@@ -55,6 +55,12 @@ FASTPOSE_INLINE Range range_of(const PlanTask& t, int64_t tile, int64_t all) {
   return {begin, begin + t.tile_rows < all ? begin + t.tile_rows : all};
 }
 
+FASTPOSE_INLINE IntVec<float> lane_numbers() {
+  IntVec<float> lane{};
+  for (int i = 0; i < kL; ++i) lane[i] = i;
+  return lane;
+}
+
 FASTPOSE_INLINE int64_t pad(int64_t channels) { return (channels + kPad - 1) / kPad * kPad; }
 
 // Writes a vector, or its first `room` numbers where the next ones belong to another map.
@@ -66,26 +72,49 @@ FASTPOSE_INLINE void put(float* p, V v, int64_t room) {
 // The larger of two; NaN if either is.
 FASTPOSE_INLINE V larger(V a, V b) { return a != a ? a : a > b ? a : b; }
 
-// sum + a * weight; of pairs, both products. A pair of bfloat16 lies in the bits of a float, the first below.
-template <bool kPairs, class X>
-FASTPOSE_INLINE X multiply_add(X sum, float a, X weight) {
-  if constexpr (!kPairs) return sum + a * weight;
+// What the bits of a float hold: itself, two bfloat16, or four bytes, the first one lowest; bytes of the map are
+// unsigned, of weights signed, their sums integers in the bits of floats.
+enum class Factors { kFloat, kPairs, kBytes };
+
+template <class X>
+struct IntegersOf {
+  typedef int32_t type __attribute__((vector_size(sizeof(X))));
+};
+template <Factors kFactors, class X>
+using SumOf = std::conditional_t<kFactors == Factors::kBytes, typename IntegersOf<X>::type, X>;
+
+// sum + a * weight; of pairs and bytes, all their products.
+template <Factors kFactors, class X>
+FASTPOSE_INLINE SumOf<kFactors, X> multiply_add(SumOf<kFactors, X> sum, float a, X weight) {
+  if constexpr (kFactors == Factors::kFloat) {
+    return sum + a * weight;
 #if FASTPOSE_BF16
-  if constexpr (kPairs && sizeof(X) == 64) {
-    return reinterpret_cast<X>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)_mm512_set1_ps(a),
-                                                (__m512bh) reinterpret_cast<__m512>(weight)));
-  }
-  if constexpr (kPairs && sizeof(X) == 32) {
-    return reinterpret_cast<X>(_mm256_dpbf16_ps(reinterpret_cast<__m256>(sum), (__m256bh)_mm256_set1_ps(a),
-                                                (__m256bh) reinterpret_cast<__m256>(weight)));
+  } else if constexpr (kFactors == Factors::kBytes && sizeof(X) == 64) {
+    const __m512i bytes = _mm512_castps_si512(_mm512_set1_ps(a)), filter = reinterpret_cast<__m512i>(weight);
+    return reinterpret_cast<SumOf<kFactors, X>>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), bytes, filter));
+  } else if constexpr (kFactors == Factors::kBytes) {
+    const __m256i bytes = _mm256_castps_si256(_mm256_set1_ps(a)), filter = reinterpret_cast<__m256i>(weight);
+    return reinterpret_cast<SumOf<kFactors, X>>(_mm256_dpbusd_epi32(reinterpret_cast<__m256i>(sum), bytes, filter));
+  } else if constexpr (sizeof(X) == 64) {
+    const __m512bh pair = (__m512bh)_mm512_set1_ps(a), filter = (__m512bh) reinterpret_cast<__m512>(weight);
+    return reinterpret_cast<X>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), pair, filter));
+  } else {
+    const __m256bh pair = (__m256bh)_mm256_set1_ps(a), filter = (__m256bh) reinterpret_cast<__m256>(weight);
+    return reinterpret_cast<X>(_mm256_dpbf16_ps(reinterpret_cast<__m256>(sum), pair, filter));
   }
 #else
-  if constexpr (kPairs) {
-    typedef int32_t Bits __attribute__((vector_size(sizeof(X))));
-    const Bits bits = reinterpret_cast<Bits>(weight);
-    const uint32_t pair = __builtin_bit_cast(uint32_t, a);
-    sum += __builtin_bit_cast(float, pair & 0xffff0000u) * reinterpret_cast<X>(bits & ~0xffff);
-    return sum + __builtin_bit_cast(float, pair << 16) * reinterpret_cast<X>(bits << 16);
+  } else {
+    const auto bits = reinterpret_cast<typename IntegersOf<X>::type>(weight);
+    const uint32_t factor = __builtin_bit_cast(uint32_t, a);
+    if constexpr (kFactors == Factors::kPairs) {
+      sum += __builtin_bit_cast(float, factor & 0xffff0000u) * reinterpret_cast<X>(bits & ~0xffff);
+      sum += __builtin_bit_cast(float, factor << 16) * reinterpret_cast<X>(bits << 16);
+    } else {
+      for (int i = 0; i < 4; ++i) {
+        sum += (bits << (24 - 8 * i) >> 24) * static_cast<int32_t>(factor >> 8 * i & 255);
+      }
+    }
+    return sum;
   }
 #endif
 }
@@ -101,7 +130,17 @@ struct ConvTile {
   float* out;
   int64_t out_stride, room;  // numbers of a pixel that may be written from `out` on
   PlanAct act;
+  // of bytes: each row's scale, the rows' zeros kPad on; each column's scale, the sums of the weights `packed` on
+  const float *row_scale, *scale;
+  int64_t packed;
 };
+
+// The number that a sum of products of bytes stands for.
+FASTPOSE_INLINE V number(const ConvTile& t, int r, int64_t c, IntVec<float> sum) {
+  const V total = __builtin_convertvector(sum, V) - t.row_scale[kPad + r] * load(t.scale + t.packed + c);
+  return total * (t.row_scale[r] * load(t.scale + c)) + load(t.bias + c);
+}
+FASTPOSE_INLINE V number(const ConvTile&, int, int64_t, V sum) { return sum; }
 
 FASTPOSE_INLINE void finish(const ConvTile& t, int r, int64_t c, V y) {
   if (t.other != nullptr) y += load(t.other + r * t.other_stride + c);
@@ -109,16 +148,19 @@ FASTPOSE_INLINE void finish(const ConvTile& t, int r, int64_t c, V y) {
 }
 
 // out[r] = act(bias + sum_k a[r][k] weight[k] (+ other[r])) for kR rows and kFull vectors, and half a one if kHalf, of
-// channels: the sums stay in registers. With kPairs every a and weight is a pair of bfloat16.
-template <int kR, int kFull, bool kHalf, bool kPairs>
+// channels: the sums stay in registers.
+template <int kR, int kFull, bool kHalf, Factors kFactors>
 FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
-  V sum[kR][kFull > 0 ? kFull : 1];
-  Half half[kR];
+  constexpr bool kBytes = kFactors == Factors::kBytes;
+  using Sum = SumOf<kFactors, V>;
+  using HalfSum = SumOf<kFactors, Half>;
+  Sum sum[kR][kFull > 0 ? kFull : 1];
+  HalfSum half[kR];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kFull; ++v) sum[r][v] = load(t.bias + v * kL);
-    if (kHalf) half[r] = load_half(t.bias + kFull * kL);
+    for (int v = 0; v < kFull; ++v) sum[r][v] = kBytes ? Sum{} : reinterpret_cast<Sum>(load(t.bias + v * kL));
+    if (kHalf) half[r] = kBytes ? HalfSum{} : reinterpret_cast<HalfSum>(load_half(t.bias + kFull * kL));
   }
   const float* weight = t.weight;
   for (int64_t piece = 0; piece < t.pieces; ++piece) {
@@ -133,16 +175,19 @@ FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
       for (int r = 0; r < kR; ++r) {
         const float s = a[r * t.a_stride];
 #pragma GCC unroll 2
-        for (int v = 0; v < kFull; ++v) sum[r][v] = multiply_add<kPairs>(sum[r][v], s, w[v]);
-        if (kHalf) half[r] = multiply_add<kPairs>(half[r], s, h);
+        for (int v = 0; v < kFull; ++v) sum[r][v] = multiply_add<kFactors, V>(sum[r][v], s, w[v]);
+        if (kHalf) half[r] = multiply_add<kFactors, Half>(half[r], s, h);
       }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kFull; ++v) finish(t, r, v * kL, sum[r][v]);
-    if (kHalf) finish(t, r, kFull * kL, widen(half[r]));
+    for (int v = 0; v < kFull; ++v) finish(t, r, v * kL, number(t, r, v * kL, sum[r][v]));
+    if (kHalf) {
+      const Sum last = reinterpret_cast<Sum>(widen(reinterpret_cast<Half>(half[r])));
+      finish(t, r, kFull * kL, number(t, r, kFull * kL, last));
+    }
   }
 }
 
@@ -150,10 +195,11 @@ FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
 struct Rows {
   const float* a;
   int64_t stride, depth, pieces = 1, piece_step = 0;
+  const float* scale = nullptr;  // of bytes: as in ConvTile
 };
 
 // kR rows, all channels.
-template <int kR, bool kPairs>
+template <int kR, Factors kFactors>
 void conv_row_block(const Rows& rows, int64_t r, const PlanTask& task, int64_t row) {
   const int64_t channels = task.out.channels, packed = pad(channels), stride = task.out.stride;
   const int64_t depth = rows.pieces * rows.depth;
@@ -166,26 +212,29 @@ void conv_row_block(const Rows& rows, int64_t r, const PlanTask& task, int64_t r
   t.other_stride = task.other.stride;
   t.out_stride = stride;
   t.act = task.step->act;
+  t.row_scale = kFactors == Factors::kBytes ? rows.scale + r : nullptr;
+  t.packed = packed;
   for (int64_t n = 0; n < packed; n += kPanel) {
     t.weight_stride = packed - n < kPanel ? packed - n : kPanel;
     for (int64_t c = 0; c < t.weight_stride && n + c < channels;) {
       const int64_t left = channels - n - c;  // of all panels
       t.weight = task.weight + n * depth + c;
       t.bias = task.bias + n + c;
+      t.scale = kFactors == Factors::kBytes ? t.bias + packed : nullptr;
       t.other = task.other.data ? task.other.data + row * task.other.stride + n + c : nullptr;
       t.out = task.out.data + row * stride + n + c;
       t.room = task.out.room - n - c;
       if (c + 2 * kL <= t.weight_stride && left > (kUseHalf ? kL + kL / 2 : kL)) {
-        conv_tile<kR, 2, false, kPairs>(t);
+        conv_tile<kR, 2, false, kFactors>(t);
         c += 2 * kL;
       } else if (kUseHalf && left > kL) {
-        conv_tile<kR, 1, kUseHalf, kPairs>(t);
+        conv_tile<kR, 1, kUseHalf, kFactors>(t);
         c += 2 * kL;
       } else if (kUseHalf && left <= kL / 2) {
-        conv_tile<kR, 0, kUseHalf, kPairs>(t);
+        conv_tile<kR, 0, kUseHalf, kFactors>(t);
         c += kL;
       } else {
-        conv_tile<kR, 1, false, kPairs>(t);
+        conv_tile<kR, 1, false, kFactors>(t);
         c += kL;
       }
     }
@@ -193,17 +242,18 @@ void conv_row_block(const Rows& rows, int64_t r, const PlanTask& task, int64_t r
 }
 
 // `count` rows of the matrix product, for output pixels from `first` on.
-template <bool kPairs = false>
+template <Factors kFactors = Factors::kFloat>
 void conv_rows(const Rows& rows, int64_t count, const PlanTask& t, int64_t first) {
   int64_t r = 0;
-  for (; r + kRows <= count; r += kRows) conv_row_block<kRows, kPairs>(rows, r, t, first + r);
-  for (; r + 6 <= count; r += 6) conv_row_block<6, kPairs>(rows, r, t, first + r);
-  for (; r + 4 <= count; r += 4) conv_row_block<4, kPairs>(rows, r, t, first + r);
-  for (; r < count; ++r) conv_row_block<1, kPairs>(rows, r, t, first + r);
+  for (; r + kRows <= count; r += kRows) conv_row_block<kRows, kFactors>(rows, r, t, first + r);
+  for (; r + 6 <= count; r += 6) conv_row_block<6, kFactors>(rows, r, t, first + r);
+  for (; r + 4 <= count; r += 4) conv_row_block<4, kFactors>(rows, r, t, first + r);
+  for (; r < count; ++r) conv_row_block<1, kFactors>(rows, r, t, first + r);
 }
 
 // `from` [channels] rounded to bfloat16, to the nearest and of two as near to the even one.
 typedef uint16_t Bf16 __attribute__((may_alias));
+typedef uint8_t Bytes __attribute__((may_alias));
 FASTPOSE_INLINE void round_to_pairs(const float* from, int64_t channels, float* to) {
 #if FASTPOSE_BF16
   for (int64_t c = 0; c < channels; c += 2 * kL) {
@@ -293,7 +343,65 @@ void conv_bf16(const PlanTask& t, int64_t tile, float* scratch) {
     for (int64_t r = 0; r < rows; ++r) {
       round_to_pairs(t.in.data + (first + r) * t.in.stride, channels, scratch + r * row);
     }
-    conv_rows<true>({scratch, row, (channels + 1) / 2}, rows, t, first);
+    conv_rows<Factors::kPairs>({scratch, row, (channels + 1) / 2}, rows, t, first);
+  }
+}
+
+// `from` [channels] scaled to bytes, q = round(x / scale) + zero with 0 exactly at `zero`. Not a number makes `scale`
+// so.
+FASTPOSE_INLINE void round_to_bytes(const float* from, int64_t channels, float* to, float* scale, float* zero) {
+  V low{}, high{}, strange{};  // the last is 0 unless something is infinite or not a number
+  int64_t c = 0;
+  for (; c < channels; c += kL) {
+    V x = load(from + c);
+    if (channels - c < kL) x = lane_numbers() < static_cast<int>(channels - c) ? x : V{};
+    high = high > x ? high : x;
+    low = low < x ? low : x;
+    strange += x * 0;
+  }
+#pragma GCC unroll 4
+  for (int half = kL / 2; half > 0; half /= 2) {
+    const IntVec<float> turned = (lane_numbers() + half) & (kL - 1);
+    const V h = __builtin_shuffle(high, turned), l = __builtin_shuffle(low, turned);
+    high = high > h ? high : h;
+    low = low < l ? low : l;
+    strange += __builtin_shuffle(strange, turned);
+  }
+  const float least = low[0], most = high[0] + strange[0];
+  const float range = most - least, per_unit = range > 0 && range < __builtin_inff() ? 255 / range : 0;
+  *scale = range / 255;
+  *zero = per_unit > 0 ? static_cast<float>(static_cast<int32_t>(-least * per_unit + 0.5f)) : 0;
+  Bytes* bytes = reinterpret_cast<Bytes*>(to);
+#if defined(__x86_64__) && FASTPOSE_VECTOR_BYTES == 64
+  const __m512 factor = _mm512_set1_ps(per_unit), offset = _mm512_set1_ps(*zero);
+  for (c = 0; c < channels; c += kL) {  // behind the last channel anything will do: it is multiplied by 0
+    const __m512i q = _mm512_cvtps_epi32(_mm512_fmadd_ps(reinterpret_cast<__m512>(load(from + c)), factor, offset));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + c),
+                     _mm512_cvtusepi32_epi8(_mm512_max_epi32(q, _mm512_setzero_si512())));
+  }
+#else
+  for (c = 0; c < channels; ++c) {
+    const float q = from[c] * per_unit + *zero + 0.5f;
+    bytes[c] = static_cast<Bytes>(q > 255 ? 255 : q > 0 ? static_cast<int32_t>(q) : 0);
+  }
+  for (; c % 4 != 0; ++c) bytes[c] = 0;
+#endif
+}
+
+// kConvInt8: likewise.
+void conv_int8(const PlanTask& t, int64_t tile, float* scratch) {
+  const auto [begin, end] = range_of(t, tile, t.out.pixels());
+  const int64_t channels = t.in.channels, row = int8_row(channels);
+  float* bytes = scratch + kScales;
+  for (int64_t first = begin; first < end; first += kRows) {
+    const int64_t rows = end - first < kRows ? end - first : kRows;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* from = t.in.data + (first + r) * t.in.stride;
+      round_to_bytes(from, channels, bytes + r * row, scratch + r, scratch + kPad + r);
+    }
+    Rows all{bytes, row, (channels + 3) / 4};
+    all.scale = scratch;
+    conv_rows<Factors::kBytes>(all, rows, t, first);
   }
 }
 
@@ -962,8 +1070,7 @@ void channel_stats(const PlanTask& t, int64_t tile) {
   const int64_t channels = t.in.channels;
   const float factor = 1.0f / static_cast<float>(channels);
   const V lowest = splat(-__builtin_inff());
-  IntVec<float> lane{};
-  for (int i = 0; i < kL; ++i) lane[i] = i;
+  const IntVec<float> lane = lane_numbers();
   for (int64_t p = range.begin; p < range.end; ++p) {
     const float* in = t.in.data + p * t.in.stride;
     V sum{}, most = lowest;
@@ -998,6 +1105,7 @@ struct PlanLevel {
     switch (t.step->op) {
       case PlanOp::kConv: return to_one(t) ? conv_to_one(t, tile, scratch) : conv(t, tile, scratch);
       case PlanOp::kConvBf16: return conv_bf16(t, tile, scratch);
+      case PlanOp::kConvInt8: return conv_int8(t, tile, scratch);
       case PlanOp::kDepthwise: return depthwise(t, tile, scratch);
       case PlanOp::kUpsample: return upsample(t, tile);
       case PlanOp::kMean: return reduce<false>(t, tile, 1.0f / static_cast<float>(t.in.pixels()));
