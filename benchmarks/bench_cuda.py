@@ -13,12 +13,19 @@ cache, so that none finds its input there and none pays for launches; graphs are
 compared. Results are checked against the reference first. `oks_nms` is timed on 5,000 images of 5, 30 and 100 poses
 against the eager reference, which can be neither compiled nor captured.
 
+With `--networks` whole networks follow, which are called as a user calls them, launches and all:
+
+    fused      fastpose.optimize: one CUDA graph
+    compiled   torch.compile(mode="max-autotune") of the network, with its CUDA graphs
+    eager      the network as it is built, channels-last
+
 `--rehearse` walks through all of it on the CPU with tiny tensors, without a graph: its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -36,6 +43,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 DW_SHAPES = ((320, 16, 12), (320, 32, 24), (320, 24, 18), (320, 48, 36))
 GHOST_SHAPES = ((16, 64, 48), (32, 32, 24), (64, 16, 12), (128, 8, 6))
+NETWORKS = "mobileposenet,lite_csw_hrnet,hr_litenet,lightweight_hrnet_448,le_hrnet"
 GOALS = "goals: 85 % of a copy; 1.3 times compiled; oks_nms of 5,000 x 30 poses in 1 ms"
 
 
@@ -43,6 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="first build the kernels in place, for this device only")
     parser.add_argument("--test", action="store_true", help="then run the tests that need a device")
+    parser.add_argument(
+        "--networks", nargs="?", const=NETWORKS, default="", help="time networks too, these or all five of the papers"
+    )
     parser.add_argument("--sanitize", action="store_true", help="at last the tests under compute-sanitizer")
     parser.add_argument("--batch", type=int, default=64, help="images per call (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"], help="(default: float32 float16)")
@@ -80,6 +91,7 @@ class Run:
             self.step("test", [*command, "-m", "not slow", "-k", few], {"FASTPOSE_FUSED": "1"})
         sys.path.insert(0, str(ROOT))  # only now: importing fastpose loads the kernels
         self.operators()
+        self.networks()
         if args.sanitize and not args.rehearse:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda", "-k", "sanitizer"]
             self.step("sanitize", command, {"FASTPOSE_FUSED": "1"})
@@ -205,6 +217,41 @@ class Run:
         with torch.inference_mode():
             self.add(row, {"fused": [lambda s=s: fused(s) for s in sets]})
 
+    def networks(self) -> None:
+        for name, batch, dtype in itertools.product(
+            filter(None, self.args.networks.split(",")), (1, 32, 256), ("float32", "bfloat16")
+        ):
+            if not self.late(f"{name} {dtype} batch {batch}"):
+                self.network(name, 2 if self.args.rehearse else batch, dtype)
+
+    @torch.inference_mode()
+    def network(self, name: str, batch: int, dtype: str) -> None:
+        import fastpose
+        from fastpose.models import model_entry
+
+        torch.manual_seed(0)
+        size = (64, 64) if self.args.rehearse else model_entry(name).input_size
+        model = fastpose.create_model(name).eval().to(self.device)
+        x = torch.randn(batch, 3, *size, device=self.device)
+        expected = model(x)
+        fast = fastpose.optimize(model, size, dtype)
+        low = copy.deepcopy(model).to(getattr(torch, dtype), memory_format=torch.channels_last)
+        x_low = x.to(getattr(torch, dtype), memory_format=torch.channels_last)
+        error = difference(fast(x), expected)
+        calls: dict[str, Callable[[], Any]] = {"fused": lambda: fast(x), "eager": lambda: low(x_low)}
+        if not self.args.no_compile and not self.args.rehearse:
+            compiled = torch.compile(copy.deepcopy(low), mode="max-autotune", dynamic=False)
+            calls["compiled"] = lambda: compiled(x_low)
+        shape = f"{batch}x{size[0]}x{size[1]}"
+        row = {"op": name, "direction": "network", "shape": shape, "dtype": dtype, "layout": ""}
+        row |= {"error": error, "right": error <= {"float32": 1e-2}.get(dtype, 0.2)}  # random weights amplify rounding
+        self.add(row, {key: [call] for key, call in calls.items()}, graph=False)
+        if "eager us" in row:
+            row["x eager"] = row["eager us"] / row["fused us"]
+            row["images/s"] = batch * 1e6 / row["fused us"]
+            self.write()
+        torch.compiler.reset()
+
     # ---- how it is timed
 
     def sets(self, moved: int) -> int:
@@ -214,11 +261,11 @@ class Run:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         return int(min(256, max(4, -(-4 * cache // moved))))
 
-    def add(self, row: dict[str, Any], competitors: dict[str, list[Callable[[], Any]]]) -> None:
+    def add(self, row: dict[str, Any], competitors: dict[str, list[Callable[[], Any]]], graph: bool = True) -> None:
         replays: dict[str, Callable[[], None]] = {}
         for name, calls in competitors.items():
             try:
-                replays[name] = captured(calls, self.device)
+                replays[name] = captured(calls, self.device) if graph else warmed(calls[0])
             except Exception as error:  # a rival that cannot run is a row of the table
                 if name == "fused":
                     raise
@@ -241,8 +288,8 @@ class Run:
         print(f"{case}: {row['fused us']:.1f} us{note}", flush=True)
 
     def print_table(self) -> None:
-        columns = {"op": 11, "direction": 9, "shape": 13, "dtype": 8, "layout": 13}
-        numbers = {"fused us": 1, "copy us": 1, "compiled us": 1, "% copy": 0, "GB/s": 0, "x compiled": 2}
+        columns = {"op": 21, "direction": 9, "shape": 13, "dtype": 8, "layout": 13}
+        numbers = {"fused us": 1, "copy us": 1, "compiled us": 1, "% copy": 0, "GB/s": 0, "x compiled": 2, "x eager": 2}
         print()
         for key, value in self.report["environment"].items():
             print(f"{key}: {value}")
@@ -314,6 +361,13 @@ def captured(calls: list[Callable[[], Any]], device: torch.device) -> Callable[[
         graph.replay()
 
     return replay
+
+
+def warmed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` after it has compiled and captured what it wants to."""
+    for _ in range(4):
+        call()
+    return call
 
 
 def timed(replay: Callable[[], None], device: torch.device) -> float:

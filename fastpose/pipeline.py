@@ -106,6 +106,7 @@ class PoseEstimator:
         keypoint_threshold: keypoints that score less count neither for the instance score nor for OKS.
         optimize: run the network through `fastpose.optimize`, which takes some seconds to prepare. None: on a CPU, once
             it pays, which is after `OPTIMIZE_AFTER` crops, and where the network and the installation allow it.
+            On CUDA only if true.
         precision: of `fastpose.optimize`; ``"bfloat16"`` and ``"int8"`` are faster on processors that have them, a
             little less accurate, and prepare the network at once.
         channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
@@ -151,8 +152,7 @@ class PoseEstimator:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device = torch.device("cpu" if device is None else device)
         if precision != "float32":
-            reason = "" if use_fused() else WHY_NOT
-            reason = f"it runs on the CPU, not on {self.device}" if self.device.type != "cpu" else reason
+            reason = WHY_NOT if self.device.type == "cpu" and not use_fused() else ""
             reason = "optimize=False switches it off" if optimize is False else reason
             if reason:
                 raise ValueError(f"precision {precision!r} needs fastpose.optimize: {reason}")
@@ -174,7 +174,7 @@ class PoseEstimator:
         if optimize is False:
             self.not_optimized = "switched off by optimize=False"
         elif not optimize and self.device.type != "cpu":
-            self.not_optimized = f"the network runs on {self.device}, not on a CPU"
+            self.not_optimized = f"on {self.device} only with optimize=True"
         elif not use_fused():
             self.not_optimized = WHY_NOT
         self._crops_until_optimized = math.inf if optimize or self.not_optimized else OPTIMIZE_AFTER

@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from fastpose.graphs import Graphed
 from fastpose.layers import check_images
 from fastpose.ops import _backend, run_plan, set_fused
 
@@ -192,17 +193,19 @@ class _Program:
         return self.length - len(flat)
 
 
-def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: str = "float32") -> Optimized:
-    """A copy of `model` for inference on the CPU, in one fused call.
+def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: str = "float32") -> Optimized | Graphed:
+    """A copy of `model` for inference: on the CPU one fused call, on CUDA a graph per input shape (see `Graphed`).
 
     Args:
-        model: one of this package's networks (or any module made of the operations below) with float32 parameters.
+        model: one of this package's networks with float32 parameters, on the device it is to run on; on the CPU also
+            any other module made of the operations below.
         size: (height, width) of an example input; results are for any size the network takes.
         precision: ``"float32"``, or ``"bfloat16"`` for the products of 1x1 convolutions, where most of a light
             network's arithmetic is: maps and weights are rounded to 8 bits as they are multiplied, sums and everything
             else stay float32. Twice as fast there on processors with AVX512-BF16, slower on others. ``"int8"``: of wide
             1x1 convolutions instead bytes, weights scaled per output channel and maps per pixel as they are met; of the
-            others as ``"bfloat16"``. Faster still on processors that have AVX512-VNNI too, and less exact.
+            others as ``"bfloat16"``. Faster still on processors that have AVX512-VNNI too, and less exact. On CUDA
+            ``"float32"``, ``"bfloat16"`` or ``"float16"``: what everything is computed in.
 
     Returns:
         A module with the same interface. In float32 it differs from the model by rounding only.
@@ -212,6 +215,8 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
         ValueError: an unknown precision.
         NotOptimizable: an operation is not understood; the message names it.
     """
+    if any(p.is_cuda for p in model.parameters()):
+        return Graphed(model, size, precision)
     if not _backend.LOADED:
         raise RuntimeError(f"optimize needs the compiled operators: {_backend.WHY_NOT}")
     if precision not in PRECISIONS:

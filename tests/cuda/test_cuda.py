@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastpose
 from fastpose.ops import dw_upsample, dw_upsample_reference, ghost_cheap, ghost_cheap_reference, oks_nms
 from tests.conftest import CUDA_REASON
 from tests.ops.test_oks_nms import METHODS, random_poses
+from tests.test_models import build
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(CUDA_REASON), reason=CUDA_REASON)]
 
@@ -174,3 +177,53 @@ def test_compute_sanitizer_finds_nothing(tool):
         pytest.skip("compute-sanitizer does not support this device")
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["mobileposenet", "lite_csw_hrnet", "lightweight_hrnet_448"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_optimised_networks(name, precision):
+    model = build(name, num_keypoints=5).cuda()
+    fast, exact = fastpose.optimize(model, precision=precision), copy.deepcopy(model).double()
+    tolerance = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}[precision]  # convolutions may use TF32
+    with torch.inference_mode():
+        results = []
+        for batch in (1, 3, 1, 3, 1):
+            x = torch.randn(batch, 3, 64, 96, device="cuda")
+            got, expected = fast(x), exact(x.double())
+            got, expected = ((o if isinstance(o, tuple) else (o,)) for o in (got, expected))
+            for g, e in zip(got, expected, strict=True):
+                assert g.dtype == torch.float32 and (g - e).abs().max() < tolerance * e.abs().max()
+            results.append((got[0], got[0].clone()))
+    assert set(fast._graphs) == {(1, 3, 64, 96), (3, 3, 64, 96)}
+    assert all(torch.equal(kept, copied) for kept, copied in results)  # later calls leave earlier results alone
+
+
+def test_optimised_on_several_streams():
+    fast = fastpose.optimize(build("mobileposenet", num_keypoints=2).cuda())
+    images = [torch.randn(2, 3, 64, 64, device="cuda") for _ in range(6)]
+    with torch.inference_mode():
+        expected = [fast(x) for x in images]
+        torch.cuda.synchronize()
+        streams, got = [torch.cuda.Stream() for _ in range(3)], []
+        for i, x in enumerate(images):
+            with torch.cuda.stream(streams[i % 3]):
+                busy(1_000_000)
+                got.append(fast(x))
+        torch.cuda.synchronize()
+    for g, e in zip(got, expected, strict=True):
+        assert torch.allclose(g, e, atol=1e-4)
+
+
+def test_optimised_without_memory_for_a_graph(monkeypatch):
+    fast = fastpose.optimize(build("mobileposenet", num_keypoints=2).cuda())
+    x = torch.randn(1, 3, 64, 64, device="cuda")
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("fastpose.graphs._Graph", fail)
+    with torch.inference_mode():
+        expected = fast(x)
+        with pytest.warns(UserWarning, match="running call by call: CUDA out of memory"):
+            assert torch.equal(fast(x), expected)
+        assert torch.equal(fast(x), expected)

@@ -1,0 +1,194 @@
+"""`optimize` on a GPU: batch norm folded into the convolutions, and every input shape replayed as one CUDA graph.
+
+Light networks have hundreds of small kernels, each of which takes the CPU longer to launch than the GPU to run. A graph
+is launched as a whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections import Counter, OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastpose.layers import DWUpsampleBNAct, GhostModule, channels_last, fold_batch_norm
+from fastpose.ops import dw_upsample, ghost_cheap
+
+aten = torch.ops.aten
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_GRAPHS = 16  # each holds the memory of a whole forward pass at its shape
+CAPTURE_AFTER = 2  # calls with a shape, so that one that never returns is not captured
+
+
+class FoldedGhost(nn.Module):
+    """`GhostModule` with the numbers of its batch norm computed once."""
+
+    def __init__(self, ghost: GhostModule) -> None:
+        super().__init__()
+        self.primary, self.act = ghost.primary, ghost.act
+        weight, bias = _folded(ghost.cheap.conv, ghost.cheap.bn)
+        self.weight, self.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ghost_cheap(self.primary(x), self.weight, self.bias, self.act)
+
+
+class FoldedUpsample(nn.Module):
+    """`DWUpsampleBNAct` likewise."""
+
+    def __init__(self, layer: DWUpsampleBNAct) -> None:
+        super().__init__()
+        self.act, self.stride, self.padding = layer.act, layer.stride, layer.padding
+        weight, bias = _folded(layer.conv, layer.bn)
+        self.weight, self.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dw_upsample(x, self.weight, self.bias, self.act, self.stride, self.padding)
+
+
+def fold_batch_norms(model: nn.Module, size: tuple[int, int] | None = None) -> nn.Module:
+    """A copy of `model` in eval mode whose batch norms are part of the convolutions before them.
+
+    Same interface, any size; the parameters keep their dtype. Where something else reads a convolution's result too, or a
+    layer is used in several places, batch norm stays.
+
+    A transposed convolution keeps its batch norm unless it is a fused layer: torch runs it several times slower with a
+    bias.
+
+    Args:
+        size: (height, width) of an example input.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, GhostModule) and layer.fused:
+            model.set_submodule(name, FoldedGhost(layer))
+        elif isinstance(layer, DWUpsampleBNAct) and layer.fused:
+            model.set_submodule(name, FoldedUpsample(layer))
+    multiple = int(getattr(model, "input_multiple", 32))
+    parameter = next(model.parameters())
+    example = torch.zeros(1, 3, *(size or (2 * multiple, 2 * multiple)), dtype=parameter.dtype, device=parameter.device)
+    with torch.no_grad():
+        exported = torch.export.export(model, (example,))
+    owner = {k: v.rpartition(".")[0] for k, v in exported.graph_signature.inputs_to_parameters.items()}
+    calls = Counter(owner.get(n.args[1].name) for n in exported.graph.nodes if _has_weight(n))
+    for norm in exported.graph.nodes:
+        if norm.target is not aten.batch_norm.default:
+            continue
+        conv = norm.args[0]
+        if conv.target is not aten.conv2d.default or len(conv.users) != 1:
+            continue
+        conv_name, norm_name = owner.get(conv.args[1].name), owner.get(norm.args[1].name)
+        if calls[conv_name] != 1 or calls[norm_name] != 1:
+            continue  # shared by several places
+        layer, batch_norm = model.get_submodule(str(conv_name)), model.get_submodule(str(norm_name))
+        weight, bias = _folded(layer, batch_norm)
+        layer.weight, layer.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+        model.set_submodule(str(norm_name), nn.Identity())
+    return model
+
+
+def _has_weight(node: fx.Node) -> bool:
+    targets = (aten.conv2d.default, aten.batch_norm.default)
+    return node.target in targets and isinstance(node.args[1], fx.Node)
+
+
+def _folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias, computed in float64."""
+    numbers = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    weight, gamma, beta, mean, var = (t.detach().double() for t in numbers)
+    if conv.bias is not None:
+        mean = mean - conv.bias.detach().double()
+    weight, bias = fold_batch_norm(weight, gamma, beta, mean, var, norm.eps)
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+class Graphed(nn.Module):
+    """A network for inference on a CUDA device: images [B, C, H, W] in, what the original returns out, in float32.
+
+    From the second call with a shape on, that shape is replayed as a CUDA graph; the last `MOST_GRAPHS` are kept. Where
+    capturing fails the network is run call by call, and a warning says so once. Not scriptable: script `network`.
+
+    Attributes:
+        network: what is captured, batch norm folded, in the dtype of `precision`.
+    """
+
+    def __init__(self, model: nn.Module, size: tuple[int, int] | None = None, precision: str = "float32") -> None:
+        super().__init__()
+        if precision not in DTYPES:
+            raise ValueError(f"precision must be one of {', '.join(DTYPES)} on CUDA, got {precision!r}")
+        self.dtype = DTYPES[precision]
+        self.network = channels_last(fold_batch_norms(model, size).to(self.dtype))
+        self.input_multiple = int(getattr(model, "input_multiple", 1))
+        self._graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
+        self._calls: Counter[tuple[int, ...]] = Counter()
+        self._capture_failed = False
+        self._lock = threading.Lock()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("an optimised network has no gradient; use the network that was optimised")
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if not self._may_capture(x):
+                return self._compute(x)
+            with self._lock:
+                graph = self._graph(x)
+                return self._compute(x) if graph is None else graph.run(x)
+
+    def _may_capture(self, x: Tensor) -> bool:
+        return x.is_cuda and x.numel() > 0 and not self._capture_failed and not torch.cuda.is_current_stream_capturing()
+
+    def _compute(self, x: Tensor) -> Any:
+        outputs = self.network(x.to(self.dtype, memory_format=torch.channels_last))
+        return tuple(o.float() for o in outputs) if isinstance(outputs, tuple) else outputs.float()
+
+    def _graph(self, x: Tensor) -> _Graph | None:
+        """The graph for the shape of `x`; None if there is none (yet)."""
+        shape = tuple(x.shape)
+        self._calls[shape] += 1
+        if shape not in self._graphs and self._calls[shape] >= CAPTURE_AFTER:
+            try:
+                self._graphs[shape] = _Graph(self._compute, x)
+            except RuntimeError as error:  # out of memory too
+                self._graphs.clear()
+                self._capture_failed = True
+                first = str(error).partition("\n")[0]
+                warnings.warn(f"fastpose: no CUDA graph for {list(shape)}, running call by call: {first}", stacklevel=4)
+        if shape in self._graphs:
+            self._graphs.move_to_end(shape)
+        while len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        return self._graphs.get(shape)
+
+
+class _Graph:
+    """One shape: a captured forward pass on an input of its own."""
+
+    def __init__(self, compute: Any, x: Tensor) -> None:
+        self.x = x.clone()
+        with torch.cuda.device(x.device):
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):  # libraries choose their kernels and set themselves up
+                for _ in range(3):
+                    compute(self.x)
+            here.wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = compute(self.x)
+            self.free = torch.cuda.Event()
+            self.free.record()
+
+    def run(self, x: Tensor) -> Any:
+        with torch.cuda.device(x.device):
+            self.free.wait()  # another stream may still be reading the last result
+            self.x.copy_(x)
+            self.graph.replay()
+            several = isinstance(self.outputs, tuple)
+            result = tuple(o.clone() for o in self.outputs) if several else self.outputs.clone()
+            self.free.record()
+        return result

@@ -1,0 +1,115 @@
+"""What `optimize` does for CUDA as far as it can be tested without a device: folding, and when graphs are made."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastpose
+from fastpose import graphs
+from fastpose.graphs import Graphed, fold_batch_norms
+from tests.test_models import build
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["mobileposenet", "lite_csw_hrnet", "hrnet_w32_ae"])
+def test_folding_changes_nothing(name):
+    model = build(name, num_keypoints=5)
+    before = copy.deepcopy(model.state_dict())
+    folded = fold_batch_norms(model)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and norms(model) > 20
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        got, expected = folded(x), exact(x.double())
+    got, expected = ((o if isinstance(o, tuple) else (o,)) for o in (got, expected))
+    for g, e in zip(got, expected, strict=True):
+        assert (g - e).abs().max() <= 1e-5 * e.abs().max()
+    assert norms(folded) <= (2 if name == "hrnet_w32_ae" or not fastpose.use_fused() else 0)
+
+
+class Odd(nn.Module):
+    """Batch norms that must stay: of a result that others read, of a convolution that runs twice, of no convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(5))
+        self.last = nn.Conv2d(3, 4, 1)
+        self.last_norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.a(x)
+        y = y + self.norms[0](y)
+        y = self.norms[1](self.b(y)) + self.norms[2](self.b(y + 1))
+        return self.last_norm(self.last(self.norms[3](y.relu())))
+
+
+def test_what_cannot_be_folded_stays():
+    torch.manual_seed(0)
+    model = Odd().eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+    folded, x = fold_batch_norms(model, (8, 8)), torch.randn(2, 3, 5, 7)
+    with torch.no_grad():
+        assert torch.allclose(folded(x), model(x), atol=1e-5)
+    assert norms(model) == 6 and norms(folded) == 5 and folded.last.bias is not None
+
+
+class Replay:
+    """Stands for a captured graph."""
+
+    made: list[tuple[int, ...]] = []
+
+    def __init__(self, compute, x):
+        if x.shape[0] == 7:
+            raise RuntimeError("out of memory\nand so on")
+        self.compute = compute
+        self.made.append(tuple(x.shape))
+
+    def run(self, x):
+        return self.compute(x)
+
+
+def test_graphs_are_made_for_shapes_that_return(monkeypatch):
+    monkeypatch.setattr(graphs, "_Graph", Replay)
+    monkeypatch.setattr(Graphed, "_may_capture", lambda self, x: not self._capture_failed)
+    monkeypatch.setattr(Replay, "made", [])
+    model = build("mobileposenet", num_keypoints=2)
+    fast = Graphed(model)
+    shapes = [(n, 3, 32, 32) for n in (1, 2, 1, 1, 3, 2)]
+    with torch.no_grad():
+        for shape in shapes:
+            x = torch.randn(shape)
+            assert torch.allclose(fast(x), model(x), atol=1e-4)
+        assert Replay.made == [(1, 3, 32, 32), (2, 3, 32, 32)]
+        monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+        fast(torch.randn(3, 3, 32, 32))
+        assert list(fast._graphs) == [(3, 3, 32, 32)]
+        x = torch.randn(7, 3, 32, 32)
+        expected = fast(x)
+        with pytest.warns(UserWarning, match=r"no CUDA graph for \[7, 3, 32, 32\], .*: out of memory$"):
+            assert torch.equal(fast(x), expected)
+        assert torch.equal(fast(x), expected) and not fast._graphs
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        fast(torch.zeros(1, 3, 32, 32, requires_grad=True))
+
+
+def test_precisions():
+    model = build("mobileposenet", num_keypoints=2)
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, float16 on CUDA, got 'int8'"):
+        Graphed(model, precision="int8")
+    half, x = Graphed(model, precision="bfloat16"), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        got, expected = half(x), model(x)
+    assert got.dtype == torch.float32 and (got - expected).abs().max() < 0.05 * expected.abs().max()
