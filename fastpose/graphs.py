@@ -53,8 +53,8 @@ class FoldedUpsample(nn.Module):
 def fold_batch_norms(model: nn.Module, size: tuple[int, int] | None = None) -> nn.Module:
     """A copy of `model` in eval mode whose batch norms are part of the convolutions before them.
 
-    Same interface, any size; the parameters keep their dtype. Where something else reads a convolution's result too, or a
-    layer is used in several places, batch norm stays.
+    Same interface, any size; the parameters keep their dtype. Where something else reads the result of a convolution
+    too, or a layer is used in several places, batch norm stays.
 
     A transposed convolution keeps its batch norm unless it is a fused layer: torch runs it several times slower with a
     bias.
