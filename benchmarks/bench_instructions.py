@@ -4,7 +4,8 @@ Each row is one instruction at a size that the networks have, with one thread. I
 network with eight of them and one with four, divided by four, so that reading the image and writing the result do not
 count. The bound is the larger of two times: arithmetic at the rate of the fastest matrix product of this run (the row
 with 100 %), and, where the maps do not fit the second-level cache, moving inputs, outputs and weights at the rate of a
-copy of as many bytes. For Winograd's algorithm the arithmetic is that of the direct sum, so it may beat its bound.
+copy of as many bytes. For Winograd's algorithm the arithmetic is that of the direct sum, so it may beat its
+bound. The rates of bfloat16 and int8 products are taken as twice and four times that of float32.
 
 Run: python benchmarks/bench_instructions.py [--quick] [--threads 1] [--json FILE]
 """
@@ -91,15 +92,22 @@ CASES: list[tuple[str, tuple[int, int, int], Callable[[], list[nn.Module]], floa
 ]
 
 
+# products per instruction, beside float32
+RATE = {"float32": 1, "bfloat16": 2, "int8": 4}
+
+
 def run(table: Table, args: argparse.Namespace, threads: int) -> None:
     set_threads(threads)
     rows: list[dict[str, Any]] = []
-    for name, (channels, height, width), layers, macs, numbers in CASES[:: 4 if args.quick else 1]:
+    cases = [(case, "float32") for case in CASES[:: 4 if args.quick else 1]]
+    cases += [(CASES[0], p) for p in RATE if p != "float32"] + [(CASES[1], p) for p in RATE if p != "float32"]
+    cases.append((CASES[2], "bfloat16"))
+    for (name, (channels, height, width), layers, macs, numbers), precision in cases:
         x = torch.randn(1, 3, height, width).contiguous(memory_format=torch.channels_last)
         calls: dict[str, Any] = {}
         for count in (4, 8):
             chain = Chain(channels, [layer for _ in range(count) for layer in layers()]).eval()
-            fast = fastpose.optimize(chain, (height, width))
+            fast = fastpose.optimize(chain, (height, width), precision)
             calls[str(count)] = lambda fast=fast, x=x: fast(x)
         source = torch.randn(int(numbers * height * width) // 2)
         target = torch.empty_like(source)
@@ -107,13 +115,14 @@ def run(table: Table, args: argparse.Namespace, threads: int) -> None:
         timings: dict[str, Any] = measure(calls, args)
         seconds = (timings["8"].median - timings["4"].median) / 4
         bytes_moved = 4 * numbers * height * width
-        row = {"instruction": name, "size": f"{channels}x{height}x{width}", "threads": threads, "us": seconds * 1e6}
+        row = {"instruction": name if precision == "float32" else f"{name}, {precision}", "precision": precision}
+        row |= {"size": f"{channels}x{height}x{width}", "threads": threads, "us": seconds * 1e6}
         row |= {"GFLOP/s": 2 * macs * height * width / seconds * 1e-9}
         row |= {"moving us": timings["copy"].median * 1e6 if bytes_moved > L2 else 0.0}
         rows.append(row | {"flops": 2 * macs * height * width})
-    peak = max(r["GFLOP/s"] for r in rows if r["instruction"].startswith("1x1"))
+    peak = max(r["GFLOP/s"] for r in rows if r["instruction"].startswith("1x1") and r["precision"] == "float32")
     for row in rows:
-        bound = max(row["flops"] / peak * 1e-3, row["moving us"])
+        bound = max(row["flops"] / (peak * RATE[row["precision"]]) * 1e-3, row["moving us"])
         table.add(**row, **{"bound us": bound, "% of bound": 100 * bound / row["us"]})
 
 

@@ -121,7 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_validate_data)
 
     p = commands.add_parser("export", help="write a network for deployment")
-    p.add_argument("--format", choices=("torchscript",), default="torchscript")
+    p.add_argument(
+        "--format",
+        choices=("torchscript", "safetensors"),
+        default="torchscript",
+        help="a program (default), or the weights in 16 bits with what must be known about them, from any checkpoint",
+    )
     p.add_argument("--model", default="mobileposenet")
     p.add_argument("--weights", default="default")
     p.add_argument("--fused", action="store_true", help="use fastpose's kernels; the file then needs fastpose to load")
@@ -374,12 +379,18 @@ def _validate_data(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fastpose.checkpoints import find_architecture
-    from fastpose.export import export_torchscript
+    from fastpose.checkpoints import describe_weights, find_architecture
+    from fastpose.export import export_torchscript, export_weights
     from fastpose.models._registry import create_from, model_entry, read_weights
 
     checkpoint = read_weights(options.weights, options.model)
     model, info = create_from(checkpoint, options.model), checkpoint.info()
+    if options.format == "safetensors":
+        if options.fused:
+            raise ValueError("--fused is about programs; weights are the same for all paths")
+        export_weights(model, options.output, describe_weights(checkpoint, options.model))
+        print(f"{options.output}: float16 weights for create_model and PoseEstimator")
+        return 0
     name, _, _ = find_architecture(checkpoint, options.model)
     size = model_entry(name).input_size if info is None else info.input_size
     worst = export_torchscript(model, options.output, size, options.fused)

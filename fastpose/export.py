@@ -8,9 +8,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastpose.checkpoints import WeightsInfo, save_weights
 from fastpose.files import write_atomically
 from fastpose.ops import set_fused
 from fastpose.plan import NotOptimizable, optimize
+
+
+def export_weights(model: nn.Module, path: str | Path, info: WeightsInfo) -> None:
+    """Write the network's weights rounded to float16, with `info`, as a fastpose file of half the size.
+
+    Raises:
+        ValueError: a weight is too large for float16 (nothing is written then).
+    """
+    state = model.state_dict()
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value.half()).all():
+            raise ValueError(f"{key} has numbers that float16 cannot hold, up to {float(value.abs().max()):.3g}")
+    save_weights(path, state, info, torch.float16)
 
 
 def export_torchscript(model: nn.Module, path: str | Path, input_size: tuple[int, int], fused: bool = False) -> float:

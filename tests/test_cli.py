@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastpose import images
+from fastpose.checkpoints import read_info
 from fastpose.cli import main
 from fastpose.models import create_model
 from fastpose.plan import NotOptimizable
@@ -166,6 +167,24 @@ def test_info_of_one_network(capsys, monkeypatch):
     assert "256x192" in text and "aten.sin is not in the table" in text and "layer by layer" in text
     assert main(["info", "--model", "mobileposnet"]) == 2
     assert "did you mean mobileposenet" in capsys.readouterr().err
+
+
+def test_export_of_weights(tmp_path, capsys):
+    network, source, target = create_model("lite_hrnet_18", num_keypoints=17), tmp_path / "w.pth", tmp_path / "w16.st"
+    torch.save(network.state_dict(), source)
+    arguments = ["export", "--format", "safetensors", "--model", "auto", "--weights", str(source), str(target)]
+    assert main(arguments) == 0
+    info = read_info(target)
+    assert (info.model, info.num_keypoints, info.skeleton) == ("lite_hrnet_18", 17, "coco17")
+    assert target.stat().st_size < 0.6 * source.stat().st_size
+    state, again = network.state_dict(), create_model("auto", weights=target).state_dict()
+    assert all(torch.equal(again[k], v.half().float() if v.is_floating_point() else v) for k, v in state.items())
+    assert main([*arguments, "--fused"]) == 2
+    key = next(k for k in state if k.endswith("running_var"))
+    torch.save(state | {key: state[key] + 1e6}, source)
+    target.unlink()
+    assert main(arguments) == 2 and not target.exists()
+    assert f"{key} has numbers that float16 cannot hold, up to 1e+06" in capsys.readouterr().err
 
 
 def test_export_of_a_checkpoint_of_others(tmp_path):
