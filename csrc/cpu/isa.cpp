@@ -11,8 +11,10 @@ Isa detected_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    const bool narrow = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-    return narrow ? Isa::kAvx512Bf16 : Isa::kAvx512;
+#if FASTPOSE_KNOWS_BF16
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return Isa::kAvx512Bf16;
+#endif
+    return Isa::kAvx512;
   }
   if (avx2) return Isa::kAvx2;
 #endif

@@ -72,6 +72,17 @@ FASTPOSE_INLINE void put(float* p, V v, int64_t room) {
 // The larger of two; NaN if either is.
 FASTPOSE_INLINE V larger(V a, V b) { return a != a ? a : a > b ? a : b; }
 
+FASTPOSE_INLINE uint32_t bits_of(float a) {
+  uint32_t bits;
+  std::memcpy(&bits, &a, sizeof(bits));
+  return bits;
+}
+FASTPOSE_INLINE float float_of(uint32_t bits) {
+  float a;
+  std::memcpy(&a, &bits, sizeof(a));
+  return a;
+}
+
 // What the bits of a float hold: itself, two bfloat16, or four bytes, the first one lowest; bytes of the map are
 // unsigned, of weights signed, their sums integers in the bits of floats.
 enum class Factors { kFloat, kPairs, kBytes };
@@ -105,10 +116,10 @@ FASTPOSE_INLINE SumOf<kFactors, X> multiply_add(SumOf<kFactors, X> sum, float a,
 #else
   } else {
     const auto bits = reinterpret_cast<typename IntegersOf<X>::type>(weight);
-    const uint32_t factor = __builtin_bit_cast(uint32_t, a);
+    const uint32_t factor = bits_of(a);
     if constexpr (kFactors == Factors::kPairs) {
-      sum += __builtin_bit_cast(float, factor & 0xffff0000u) * reinterpret_cast<X>(bits & ~0xffff);
-      sum += __builtin_bit_cast(float, factor << 16) * reinterpret_cast<X>(bits << 16);
+      sum += float_of(factor & 0xffff0000u) * reinterpret_cast<X>(bits & ~0xffff);
+      sum += float_of(factor << 16) * reinterpret_cast<X>(bits << 16);
     } else {
       for (int i = 0; i < 4; ++i) {
         sum += (bits << (24 - 8 * i) >> 24) * static_cast<int32_t>(factor >> 8 * i & 255);
@@ -265,7 +276,7 @@ FASTPOSE_INLINE void round_to_pairs(const float* from, int64_t channels, float* 
 #else
   Bf16* rounded = reinterpret_cast<Bf16*>(to);
   for (int64_t c = 0; c < channels; ++c) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, from[c]);
+    const uint32_t bits = bits_of(from[c]);
     const bool nan = from[c] != from[c];
     rounded[c] = static_cast<Bf16>((nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   }
