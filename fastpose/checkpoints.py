@@ -24,7 +24,10 @@ from fastpose.files import write_atomically
 from fastpose.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_dict
 
 # model name -> file in fastpose/weights
-DEFAULT_WEIGHTS = {"mobileposenet": "mobileposenet_lspet.safetensors"}
+DEFAULT_WEIGHTS = {
+    "mobileposenet": "mobileposenet_lspet.safetensors",
+    "lite_csw_hrnet": "lite_csw_hrnet_lspet.safetensors",
+}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 import fastpose
 from fastpose import BoxError, ImageError, PoseEstimator, Poses
-from fastpose.checkpoints import read_info, resolve_weights, save_weights
+from fastpose.checkpoints import DEFAULT_WEIGHTS, read_info, resolve_weights, save_weights
 from fastpose.detect import HOG_MISSING, hog_available, make_detector
 from fastpose.images import find_images, read_image
 from fastpose.ops import oks_nms, use_fused
@@ -227,6 +227,15 @@ def test_skeletons():
         Skeleton("x", ("a", "b"), (), (), (0.1,))
     with pytest.raises(ValueError, match="flip_pairs must hold two different indices below 2"):
         Skeleton("x", ("a", "b"), (), ((0, 2),), (0.1, 0.1))
+
+
+@pytest.mark.parametrize("model", DEFAULT_WEIGHTS)
+def test_shipped_weights(model, photo):
+    path = resolve_weights("default", model)
+    assert path.stat().st_size < 3_500_000 and path.with_suffix(".md").is_file()
+    pose = PoseEstimator(model, detector="none")
+    assert pose.info.model == model and pose.skeleton is LSP14 and pose.flip_test
+    assert 0 < float(pose(photo).scores[0]) <= 1
 
 
 def test_weights_files(tmp_path):
