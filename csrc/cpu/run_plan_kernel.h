@@ -257,8 +257,10 @@ template <Factors kFactors = Factors::kFloat>
 void conv_rows(const Rows& rows, int64_t count, const PlanTask& t, int64_t first) {
   int64_t r = 0;
   for (; r + kRows <= count; r += kRows) conv_row_block<kRows, kFactors>(rows, r, t, first + r);
-  for (; r + 6 <= count; r += 6) conv_row_block<6, kFactors>(rows, r, t, first + r);
-  for (; r + 4 <= count; r += 4) conv_row_block<4, kFactors>(rows, r, t, first + r);
+  if constexpr (kFactors == Factors::kFloat) {  // of the others the last few rows do not earn code of their own
+    for (; r + 6 <= count; r += 6) conv_row_block<6, kFactors>(rows, r, t, first + r);
+    for (; r + 4 <= count; r += 4) conv_row_block<4, kFactors>(rows, r, t, first + r);
+  }
   for (; r < count; ++r) conv_row_block<1, kFactors>(rows, r, t, first + r);
 }
 
