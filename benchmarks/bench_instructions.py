@@ -100,8 +100,7 @@ def run(table: Table, args: argparse.Namespace, threads: int) -> None:
     set_threads(threads)
     rows: list[dict[str, Any]] = []
     cases = [(case, "float32") for case in CASES[:: 4 if args.quick else 1]]
-    cases += [(CASES[0], p) for p in RATE if p != "float32"] + [(CASES[1], p) for p in RATE if p != "float32"]
-    cases.append((CASES[2], "bfloat16"))
+    cases += [(CASES[i], p) for i, p in ((0, "bfloat16"), (0, "int8"), (1, "bfloat16"), (1, "int8"), (2, "bfloat16"))]
     for (name, (channels, height, width), layers, macs, numbers), precision in cases:
         x = torch.randn(1, 3, height, width).contiguous(memory_format=torch.channels_last)
         calls: dict[str, Any] = {}

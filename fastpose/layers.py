@@ -236,10 +236,11 @@ def channels_last(module: nn.Module) -> nn.Module:
 def fold_batch_norm(
     weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a depthwise convolution with eval-mode batch norm folded in.
+    """Weight and bias of a convolution with eval-mode batch norm folded in.
 
-    `weight` is [C, 1, k, k] with one filter per *output* channel, which for a depthwise convolution, transposed or not,
-    is dimension 0; the batch norm's tensors are [C]. Returns the scaled weight (same shape) and the bias [C].
+    `weight` is [C, I, k, k] with the *output* channels in dimension 0, as they are in all but dense transposed
+    convolutions; the batch norm's tensors are [C]. A bias of the convolution has to be taken off `mean` before. Returns
+    the scaled weight (same shape) and the bias [C].
     """
     assert mean is not None and var is not None
     scale = gamma * torch.rsqrt(var + eps)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastpose.graphs import Graphed
-from fastpose.layers import check_images
+from fastpose.layers import check_images, fold_batch_norm
 from fastpose.ops import _backend, run_plan, set_fused
 
 aten = torch.ops.aten
@@ -396,9 +396,8 @@ class _Lowering:
         norm = self.follower(node, (aten.batch_norm.default,))
         if norm is not None:
             gamma, beta, mean, var = (self.tensors[a.name].double() for a in norm.args[1:5])
-            scale = gamma * torch.rsqrt(var + norm.args[7])
-            weight = weight * scale.view(-1, 1, 1, 1)  # the output channel is dimension 0, in depthwise ones too
-            bias = beta + ((0 if bias is None else bias) - mean) * scale
+            mean = mean if bias is None else mean - bias
+            weight, bias = fold_batch_norm(weight, gamma, beta, mean, var, norm.args[7])
             self.claimed.add(norm)
             last = norm
         step = _Step(op, node, node, given["input"], kernel=k, stride=stride, padding=padding, weight=weight, bias=bias)
@@ -788,10 +787,10 @@ def _pack(op: int, weight: Tensor) -> Tensor:
         count, dtype = (2, torch.bfloat16) if op == CONV_BF16 else (4, torch.int8)
         groups = nn.functional.pad(padded.flatten(1), (0, -padded.shape[1] % count)).to(dtype).unflatten(1, (-1, count))
         rows = groups.contiguous().view(torch.float32).squeeze(2).t()  # [in / count, out]
-        return torch.cat([panel.reshape(-1) for panel in rows.split(PANEL, dim=1)])
-    if op != CONV:
+    elif op == CONV:
+        rows = padded.permute(2, 3, 1, 0).flatten(0, 2)  # [k * k * in, out]
+    else:
         return padded.flatten(1).t()  # [k * k, channels]
-    rows = padded.permute(2, 3, 1, 0).flatten(0, 2)  # [k * k * in, out]
     return torch.cat([panel.reshape(-1) for panel in rows.split(PANEL, dim=1)])
 
 

@@ -8,26 +8,16 @@
 // this file, so that no library function is compiled for the wrong machine; no lambdas (compilers disagree on whether
 // they inherit the target); vectors come from cpu/vec.h.
 
-#if defined(__x86_64__) && defined(__clang__)
-#define FASTPOSE_TARGET_AVX2 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
-#define FASTPOSE_TARGET_AVX512                                                                               \
-  _Pragma(                                                                                                   \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), " \
-      "apply_to = function)")
-#define FASTPOSE_TARGET_AVX512_BF16 \
-  _Pragma(                          \
-      "clang attribute push(__attribute__((target(\"avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,\" \
-      \"avx2,fma,f16c\"))), apply_to = function)")
-#define FASTPOSE_TARGET_END _Pragma("clang attribute pop")
-#elif defined(__x86_64__)
-#define FASTPOSE_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
-#define FASTPOSE_TARGET_AVX512 \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\")")
-#define FASTPOSE_TARGET_AVX512_BF16 \
-  _Pragma("GCC push_options")       \
-      _Pragma("GCC target(\"avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\")")
-#define FASTPOSE_TARGET_END _Pragma("GCC pop_options")
+#if defined(__x86_64__)
+#define FASTPOSE_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define FASTPOSE_TARGET(features) \
+  FASTPOSE_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define FASTPOSE_TARGET_END FASTPOSE_PRAGMA(clang attribute pop)
+#else
+#define FASTPOSE_TARGET(features) FASTPOSE_PRAGMA(GCC push_options) FASTPOSE_PRAGMA(GCC target(features))
+#define FASTPOSE_TARGET_END FASTPOSE_PRAGMA(GCC pop_options)
+#endif
 #endif
 
 #define FASTPOSE_BF16 0
@@ -38,7 +28,7 @@
 #undef FASTPOSE_VECTOR_BYTES
 
 #if defined(__x86_64__)
-FASTPOSE_TARGET_AVX2
+FASTPOSE_TARGET("avx2,fma,f16c")
 #define FASTPOSE_ISA avx2
 #define FASTPOSE_VECTOR_BYTES 32
 #include FASTPOSE_KERNEL_FILE
@@ -46,7 +36,7 @@ FASTPOSE_TARGET_AVX2
 #undef FASTPOSE_VECTOR_BYTES
 FASTPOSE_TARGET_END
 
-FASTPOSE_TARGET_AVX512
+FASTPOSE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define FASTPOSE_ISA avx512
 #define FASTPOSE_VECTOR_BYTES 64
 #include FASTPOSE_KERNEL_FILE
@@ -57,7 +47,7 @@ FASTPOSE_TARGET_END
 #if defined(FASTPOSE_USES_BF16) && FASTPOSE_KNOWS_BF16
 #undef FASTPOSE_BF16
 #define FASTPOSE_BF16 1
-FASTPOSE_TARGET_AVX512_BF16
+FASTPOSE_TARGET("avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define FASTPOSE_ISA avx512_bf16
 #define FASTPOSE_VECTOR_BYTES 64
 #include FASTPOSE_KERNEL_FILE

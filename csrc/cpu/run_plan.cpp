@@ -253,7 +253,7 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       FASTPOSE_CHECK(in.height + 2 * s.padding >= s.kernel && in.width + 2 * s.padding >= s.kernel,
                      "run_plan: images of ", height, " x ", width, " are too small for this network");
       if (s.op == PlanOp::kConv) {
-        l.gather = std::max(l.gather, 12 * s.kernel * s.kernel * in.channels);
+        l.gather = std::max(l.gather, kMostRows * s.kernel * s.kernel * in.channels);
         const int64_t line = in.width + 2 * s.padding + kPad;  // of a plane, see conv_to_one
         if (out.channels == 1 && in.channels <= 4) {
           l.gather = std::max(l.gather, in.channels * (out.height + s.kernel) * line);
@@ -269,16 +269,16 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     } else if (s.op == PlanOp::kUpsample || s.op == PlanOp::kBilinear || s.op == PlanOp::kDeconv) {
       out.height = 2 * in.height;
       out.width = 2 * in.width;
-      if (s.op == PlanOp::kDeconv) l.gather = std::max(l.gather, 12 * 4 * in.channels);
+      if (s.op == PlanOp::kDeconv) l.gather = std::max(l.gather, kMostRows * 4 * in.channels);
     } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
                s.op == PlanOp::kCoordinateMean) {
       out.height = out.width = 1;
     } else if (s.op == PlanOp::kWinograd) {
       l.gather = std::max(l.gather, winograd_scratch(in.channels, out.channels));
     } else if (s.op == PlanOp::kConvBf16) {
-      l.gather = std::max(l.gather, 12 * bf16_row(in.channels));
+      l.gather = std::max(l.gather, kMostRows * rounded_row(in.channels, 2));
     } else if (s.op == PlanOp::kConvInt8) {
-      l.gather = std::max(l.gather, kScales + 12 * int8_row(in.channels));
+      l.gather = std::max(l.gather, kScales + kMostRows * rounded_row(in.channels, 4));
     } else if (s.op == PlanOp::kMeanOfRows) {
       out.width = 1;
     } else if (s.op == PlanOp::kMeanOfColumns) {

@@ -94,12 +94,16 @@ inline int64_t group_attention_scratch(const PlanMap& in) {
   return in.channels * (50 + rows * (in.width + 6)) + kPad;
 }
 
-// kConvBf16 rounds some pixels at a time, each to so many floats' worth of pairs.
-inline int64_t bf16_row(int64_t channels) { return (channels + 2 * kPad - 1) / (2 * kPad) * kPad; }
+// The matrix product takes at most so many pixels at a time.
+constexpr int64_t kMostRows = 12;
 
-// kConvInt8 likewise; in front stand the scale and zero of each pixel.
+// kConvBf16 and kConvInt8 round that many first, each to so many floats' worth of pairs or fours; those of the latter
+// stand behind the scale and zero of each pixel.
+inline int64_t rounded_row(int64_t channels, int64_t per_float) {
+  return (channels + per_float * kPad - 1) / (per_float * kPad) * kPad;
+}
 constexpr int64_t kScales = 2 * kPad;
-inline int64_t int8_row(int64_t channels) { return (channels + 4 * kPad - 1) / (4 * kPad) * kPad; }
+static_assert(kMostRows <= kPad);
 
 // kWinograd computes squares of 4x4 outputs, so many at a time.
 constexpr int64_t kSquares = 12;

@@ -9,7 +9,7 @@ using V = Vec<float>;
 constexpr int kL = kLanes<float>;
 // Registers decide the tile of the matrix product: rows x 2 vectors of sums, 2 of weights and 1 broadcast number fit 32
 // registers (AVX-512: 12 x 32 sums) or 16 (6 x 16, 6 x 8). 12 rows read 14 numbers for 24 multiplications.
-constexpr int kRows = FASTPOSE_VECTOR_BYTES == 64 ? 12 : 6;
+constexpr int kRows = FASTPOSE_VECTOR_BYTES == 64 ? kMostRows : 6;
 constexpr bool kUseHalf = FASTPOSE_VECTOR_BYTES == 64;
 
 FASTPOSE_INLINE V apply(V x, PlanAct act) {
@@ -264,9 +264,10 @@ void conv_rows(const Rows& rows, int64_t count, const PlanTask& t, int64_t first
   for (; r < count; ++r) conv_row_block<1, kFactors>(rows, r, t, first + r);
 }
 
-// `from` [channels] rounded to bfloat16, to the nearest and of two as near to the even one.
 typedef uint16_t Bf16 __attribute__((may_alias));
 typedef uint8_t Bytes __attribute__((may_alias));
+
+// `from` [channels] rounded to bfloat16, to the nearest and of two as near to the even one.
 FASTPOSE_INLINE void round_to_pairs(const float* from, int64_t channels, float* to) {
 #if FASTPOSE_BF16
   for (int64_t c = 0; c < channels; c += 2 * kL) {
@@ -350,7 +351,7 @@ void conv(const PlanTask& t, int64_t tile, float* scratch) {
 // kConvBf16: the pixels of a block are rounded once for all panels of weights.
 void conv_bf16(const PlanTask& t, int64_t tile, float* scratch) {
   const auto [begin, end] = range_of(t, tile, t.out.pixels());
-  const int64_t channels = t.in.channels, row = bf16_row(channels);
+  const int64_t channels = t.in.channels, row = rounded_row(channels, 2);
   for (int64_t first = begin; first < end; first += kRows) {
     const int64_t rows = end - first < kRows ? end - first : kRows;
     for (int64_t r = 0; r < rows; ++r) {
@@ -375,10 +376,10 @@ FASTPOSE_INLINE void round_to_bytes(const float* from, int64_t channels, float* 
 #pragma GCC unroll 4
   for (int half = kL / 2; half > 0; half /= 2) {
     const IntVec<float> turned = (lane_numbers() + half) & (kL - 1);
-    const V h = __builtin_shuffle(high, turned), l = __builtin_shuffle(low, turned);
+    const V h = shuffle(high, turned), l = shuffle(low, turned);
     high = high > h ? high : h;
     low = low < l ? low : l;
-    strange += __builtin_shuffle(strange, turned);
+    strange += shuffle(strange, turned);
   }
   const float least = low[0], most = high[0] + strange[0];
   const float range = most - least, per_unit = range > 0 && range < __builtin_inff() ? 255 / range : 0;
@@ -404,7 +405,7 @@ FASTPOSE_INLINE void round_to_bytes(const float* from, int64_t channels, float* 
 // kConvInt8: likewise.
 void conv_int8(const PlanTask& t, int64_t tile, float* scratch) {
   const auto [begin, end] = range_of(t, tile, t.out.pixels());
-  const int64_t channels = t.in.channels, row = int8_row(channels);
+  const int64_t channels = t.in.channels, row = rounded_row(channels, 4);
   float* bytes = scratch + kScales;
   for (int64_t first = begin; first < end; first += kRows) {
     const int64_t rows = end - first < kRows ? end - first : kRows;
@@ -810,8 +811,8 @@ FASTPOSE_INLINE void filter(const float* in, int64_t row, const float* weight, i
 FASTPOSE_INLINE V sum_of_four(V v) {
   IntVec<float> by1{}, by2{};
   for (int i = 0; i < kL; ++i) by1[i] = i ^ 1, by2[i] = i ^ 2;
-  v += __builtin_shuffle(v, by1);
-  return v + __builtin_shuffle(v, by2);
+  v += shuffle(v, by1);
+  return v + shuffle(v, by2);
 }
 
 // Pixels [x, x + kT) of row y; `in` is the corner of their windows in the band.
@@ -841,7 +842,7 @@ void attend(const PlanTask& t, const float* in, int64_t row, const float* weight
     for (int64_t l = 0; mixed && l < kL; ++l) lanes[l] = static_cast<int>((c + l) / size * 4 - first);
     for (int i = 0; i < kT; ++i) {
       const int64_t p = y * t.in.width + x + i;
-      const V gate = mixed ? __builtin_shuffle(load(gates[i] + first), lanes) : splat(gates[i][first]);
+      const V gate = mixed ? shuffle(load(gates[i] + first), lanes) : splat(gates[i][first]);
       V result = load(t.in.data + p * t.in.stride + c) * gate;
       if (t.other.data) result += load(t.other.data + p * t.other.stride + c);
       put(t.out.data + p * t.out.stride + c, apply(result, t.step->act), t.out.room - c);
@@ -1102,8 +1103,8 @@ void channel_stats(const PlanTask& t, int64_t tile) {
 #pragma GCC unroll 4
     for (int half = kL / 2; half > 0; half /= 2) {
       const IntVec<float> turned = (lane + half) & (kL - 1);
-      sum += __builtin_shuffle(sum, turned);
-      most = larger(most, __builtin_shuffle(most, turned));
+      sum += shuffle(sum, turned);
+      most = larger(most, shuffle(most, turned));
     }
     float* out = t.out.data + p * t.out.stride;
     out[0] = sum[0] * factor;

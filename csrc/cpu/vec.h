@@ -90,6 +90,18 @@ FASTPOSE_INTERLEAVE(double, 2, FASTPOSE_LIST(0, 2), FASTPOSE_LIST(1, 3))
 #undef FASTPOSE_INTERLEAVE
 #undef FASTPOSE_LIST
 
+// Lane i of the result is lane from[i] of v.
+FASTPOSE_INLINE Vec<float> shuffle(Vec<float> v, IntVec<float> from) {
+#if defined(__clang__)
+  Vec<float> out{};
+#pragma unroll
+  for (int i = 0; i < kLanes<float>; ++i) out[i] = v[from[i]];
+  return out;
+#else
+  return __builtin_shuffle(v, from);
+#endif
+}
+
 // exp(x) with a relative error of a few units in the last place. Below the smallest normal result it returns 0, above
 // the largest infinity; NaN stays NaN.
 FASTPOSE_INLINE Vec<float> exp(Vec<float> x) {

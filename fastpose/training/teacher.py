@@ -43,7 +43,7 @@ class Teacher:
                 f"teacher {path} makes heatmaps of codec {info.codec.type!r}, the run has {config.codec.type!r}"
             )
         self.codec, self.own_codec, self.size = config.codec, info.codec, info.input_size
-        self.model: nn.Module = channels_last(create_from(checkpoint, info.model).to(device).eval())
+        self.model: nn.Module = channels_last(create_from(checkpoint, info.model).to(device))
         if device.type == "cpu" and use_fused():
             with contextlib.suppress(NotOptimizable):  # the network itself gives the same numbers, slower
                 self.model = optimize(self.model, self.size)
