@@ -87,10 +87,13 @@ class Run:
         if args.test:
             where = "cpu" if args.rehearse else "cuda"
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "tests/cuda"]
+            command.append("tests/test_preprocess.py")
             few = "worked_example" if args.rehearse else where
             self.step("test", [*command, "-m", "not slow", "-k", few], {"FASTPOSE_FUSED": "1"})
         sys.path.insert(0, str(ROOT))  # only now: importing fastpose loads the kernels
         self.operators()
+        if not self.late("cropping"):
+            self.cropping()
         self.networks()
         if args.sanitize and not args.rehearse:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda", "-k", "sanitizer"]
@@ -223,6 +226,35 @@ class Run:
         ):
             if not self.late(f"{name} {dtype} batch {batch}"):
                 self.network(name, 2 if self.args.rehearse else batch, dtype)
+
+    def cropping(self) -> None:
+        """Thirty people of a photograph: uploaded whole and cropped there, beside cropped by OpenCV and uploaded."""
+        from fastpose.geometry import crop_matrix, warp_crop
+        from fastpose.preprocess import warp_crops
+
+        rng, size = np.random.default_rng(0), (256, 192)
+        photo = rng.integers(0, 256, (1080, 1920, 3), dtype=np.uint8)
+        corners = rng.uniform(0, 600, (30, 2))
+        people = np.concatenate([corners, corners + [[200, 380]]], 1)
+        matrices = np.stack([crop_matrix(box, size, 1.25) for box in people])
+        planes = torch.from_numpy(photo).to(self.device).permute(2, 0, 1)
+
+        def upload() -> torch.Tensor:
+            return warp_crops(torch.from_numpy(photo).to(self.device).permute(2, 0, 1), matrices, size)
+
+        def opencv() -> torch.Tensor:
+            crops = np.stack([warp_crop(photo, matrix, size) for matrix in matrices])
+            return torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
+
+        expected = opencv()
+        cases = {"upload, crop": upload, "crop": lambda: warp_crops(planes, matrices, size)}
+        for direction, call in cases.items():
+            error = float((call().double() - expected.double()).abs().mean()) / 255  # of noise: smoothed differently
+            row = {"op": "cropping", "direction": direction, "shape": "30x256x192", "dtype": "uint8", "layout": ""}
+            row |= {"error": error, "right": error < 0.1}
+            self.add(row, {"fused": [call], "eager": [opencv]}, graph=False)
+            row["x eager"] = row["eager us"] / row["fused us"]
+        self.write()
 
     @torch.inference_mode()
     def network(self, name: str, batch: int, dtype: str) -> None:

@@ -10,10 +10,12 @@ gets a row that says so: pip install '.[peers]'.
     jit.freeze      scripted and frozen, channels-last
     compile         torch.compile, default options (only with --compile: it takes minutes)
     onnxruntime     intra-op threads as given
-    openvino        latency hint; for batches also one stream per thread over single images, the faster counts
-    ncnn            converted by pnnx, Winograd and packing as by default, float32
+    openvino        latency hint
+    ncnn            converted by pnnx, Winograd and packing as by default, float32, image by image
     ... bf16        the same in bfloat16 (only with --bf16); for ncnn as a storage type
     fastpose int8   1x1 convolutions of many channels with bytes (only with --bf16)
+
+The last three runtimes take a batch at once or, in as many threads of one core each, image by image: the faster counts.
 
 Run: python benchmarks/compare_peers.py [--model NAME,...] [--threads 1,2] [--batch 1,32] [--size 256x192] [--rounds 7]
      [--json FILE]
@@ -23,13 +25,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +89,44 @@ def make_torch(competitor: str, options: argparse.Namespace, x: np.ndarray) -> C
     return lambda: all_of(model(images))
 
 
+def fastest(calls: Sequence[Callable[[], np.ndarray]]) -> Callable[[], np.ndarray]:
+    """The one that takes least."""
+    return min(calls, key=lambda call: min(timed(call) for _ in range(4))) if len(calls) > 1 else calls[0]
+
+
+def streams(runs: Sequence[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> Callable[[], np.ndarray]:
+    """Single images, shared out among `runs`, each in a thread of its own."""
+    pool = ThreadPoolExecutor(len(runs))
+    shares = [range(i, len(x), len(runs)) for i in range(len(runs))]
+
+    def share(run: Callable[[np.ndarray], np.ndarray], images: range) -> list[np.ndarray]:
+        return [run(x[i : i + 1]) for i in images]
+
+    def call() -> np.ndarray:
+        rows: list[Any] = [None] * len(x)
+        for images, results in zip(shares, pool.map(share, runs, shares), strict=True):
+            for i, row in zip(images, results, strict=True):
+                rows[i] = row
+        return np.concatenate(rows)
+
+    return call
+
+
 def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
     import onnxruntime
 
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
-    session = onnxruntime.InferenceSession(options.onnx, settings, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda: all_of(session.run(None, {name: x}))
+    def session(file: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+        session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return lambda images: all_of(session.run(None, {name: images}))
+
+    whole = session(options.onnx, options.threads)
+    calls = [lambda: whole(x)]
+    if len(x) > 1:
+        calls.append(streams([session(options.single, 1) for _ in range(options.threads)], x))
+    return fastest(calls)
 
 
 def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
@@ -104,30 +138,12 @@ def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np
     request = core.compile_model(
         options.onnx, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"}
     ).create_infer_request()
-
-    def latency() -> np.ndarray:
-        return all_of(list(request.infer({0: x}).values()))
-
-    if len(x) == 1:
-        return latency
-    model = core.read_model(options.onnx)
-    model.reshape([1, *x.shape[1:]])
-    compiled = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": options.threads})
-    queue, results = openvino.AsyncInferQueue(compiled, options.threads), [None] * len(x)
-
-    def keep(job: Any, index: int) -> None:
-        results[index] = all_of([t.data.copy() for t in job.outputs])
-
-    queue.set_callback(keep)
-
-    def streams() -> np.ndarray:
-        for i in range(len(x)):
-            queue.start_async({0: x[i : i + 1]}, i)
-        queue.wait_all()
-        return np.concatenate(results)
-
-    best = min((latency, streams), key=lambda f: min(timed(f) for _ in range(4)))
-    return best
+    calls = [lambda: all_of(list(request.infer({0: x}).values()))]
+    if len(x) > 1:
+        compiled = core.compile_model(options.single, "CPU", {**settings, "NUM_STREAMS": options.threads})
+        requests = [compiled.create_infer_request() for _ in range(options.threads)]
+        calls.append(streams([lambda image, r=r: all_of(list(r.infer({0: image}).values())) for r in requests], x))
+    return fastest(calls)
 
 
 def make_ncnn(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
@@ -142,23 +158,27 @@ def make_ncnn(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.nda
         os.chdir(folder)
         pnnx.export(build(options.model), str(file), (torch.from_numpy(x[:1]),), fp16=False)
         os.chdir(here)
-    net = ncnn.Net()
-    net.opt.num_threads = options.threads
-    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
-    net.opt.use_bf16_storage = options.serve == "ncnn bf16"
-    net.load_param(str(file.with_suffix(".ncnn.param")))
-    net.load_model(str(file.with_suffix(".ncnn.bin")))
-    inputs = [ncnn.Mat(image).clone() for image in x]
 
-    def run() -> np.ndarray:
-        outputs = []
-        for image in inputs:
+    def load(threads: int) -> Callable[[np.ndarray], np.ndarray]:
+        net = ncnn.Net()
+        net.opt.num_threads = threads
+        net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+        net.opt.use_bf16_storage = options.serve == "ncnn bf16"
+        net.load_param(str(file.with_suffix(".ncnn.param")))
+        net.load_model(str(file.with_suffix(".ncnn.bin")))
+
+        def run(image: np.ndarray) -> np.ndarray:
             extractor = net.create_extractor()
-            extractor.input(net.input_names()[0], image)
-            outputs.append([np.array(extractor.extract(name)[1]) for name in net.output_names()])
-        return all_of([np.stack(maps) for maps in zip(*outputs, strict=True)])
+            extractor.input(net.input_names()[0], ncnn.Mat(image[0]))
+            return all_of([np.array(extractor.extract(name)[1])[None] for name in net.output_names()])
 
-    return run
+        return run
+
+    whole = load(options.threads)
+    calls = [lambda: np.concatenate([whole(x[i : i + 1]) for i in range(len(x))])]
+    if len(x) > 1 and options.threads > 1:
+        calls.append(streams([load(1) for _ in range(options.threads)], x))
+    return fastest(calls)
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -191,26 +211,30 @@ def serve(options: argparse.Namespace) -> None:
         print(json.dumps({"ms": statistics.median(times) * 1e3}), file=out, flush=True)
 
 
-def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> tuple[Path, Path]:
-    """ONNX file and expected output."""
+def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> tuple[Path, Path, Path]:
+    """ONNX files of the batch and of a single image, and the expected output."""
     import torch
 
+    logging.disable(logging.WARNING)  # the exporter's, about what it works without
     network, x = build(model), np.random.default_rng(0).standard_normal((batch, 3, *size), dtype=np.float32)
-    onnx, expected = folder / f"{model}_{batch}.onnx", folder / f"{model}_{batch}.npy"
+    expected = folder / f"{model}_{batch}.npy"
     with torch.no_grad():
         np.save(expected, all_of(network(torch.from_numpy(x))))
-    torch.onnx.export(network, (torch.from_numpy(x),), str(onnx), dynamo=True, verbose=False)
-    return onnx, expected
+    whole, single = (folder / f"{model}_{images}.onnx" for images in (batch, 1))
+    for file, images in ((whole, x), (single, x[:1])):
+        if not file.is_file():  # for another number of threads: exporting can take minutes
+            torch.onnx.export(network, (torch.from_numpy(images),), str(file), dynamo=True, verbose=False)
+    return whole, single, expected
 
 
 def run_case(arguments: argparse.Namespace, model: str, threads: int, batch: int, folder: Path) -> list[dict[str, Any]]:
-    onnx, expected = prepare(model, batch, arguments.size, folder)
+    onnx, single, expected = prepare(model, batch, arguments.size, folder)
     children: dict[str, subprocess.Popen[str]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for competitor in arguments.competitors:
         command = [sys.executable, __file__, "--serve", competitor, "--model", model, "--threads", str(threads)]
         command += ["--batch", str(batch), "--size", "x".join(map(str, arguments.size))]
-        command += ["--onnx", str(onnx), "--expected", str(expected)]
+        command += ["--onnx", str(onnx), "--single", str(single), "--expected", str(expected)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         child = subprocess.Popen(
             command,
@@ -257,6 +281,7 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("--serve", choices=COMPETITORS + BF16, help=argparse.SUPPRESS)
     parser.add_argument("--onnx", help=argparse.SUPPRESS)
+    parser.add_argument("--single", help=argparse.SUPPRESS)
     parser.add_argument("--expected", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     height, width = arguments.size.split("x")

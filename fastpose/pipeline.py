@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -37,7 +38,7 @@ from fastpose.ops._backend import WHY_NOT
 from fastpose.plan import NotOptimizable
 from fastpose.plan import optimize as fastpose_optimize
 from fastpose.poses import Poses
-from fastpose.preprocess import normalize
+from fastpose.preprocess import normalize, planes_on, warp_crops
 from fastpose.skeletons import Skeleton
 from fastpose.stream import run_ahead
 
@@ -68,10 +69,14 @@ class _Job:
     input_size: tuple[int, int] = (0, 0)  # of the crops
     antialias: bool = True
     ready: list[Array] = field(default_factory=list)  # the first crops
+    planes: Tensor | None = None  # the image [3, H, W] on the device, if it is cropped there
     outputs: list[tuple[Array, Array]] = field(default_factory=list)  # what the codec found in each crop
 
     def cut(self) -> None:
-        """Cut the crops; of very many only the first, to spare memory."""
+        """Cut the crops, unless the device does; of very many only the first, to spare memory."""
+        if self.planes is not None:
+            self.image = self.image[:0]
+            return
         self.ready = [self._warp(matrix) for matrix in self.matrices[:AHEAD]]
         if len(self.ready) == len(self.matrices):
             self.image = self.image[:0]
@@ -109,6 +114,8 @@ class PoseEstimator:
             On CUDA only if true.
         precision: of `fastpose.optimize`; ``"bfloat16"`` and ``"int8"`` are faster on processors that have them, a
             little less accurate, and prepare the network at once.
+        crop_on_device: whole images go to `device` and are cropped there (`preprocess.warp_crops`), instead of by
+            OpenCV in other threads on the host. A uint8 tensor that is there already, with boxes given, stays there.
         channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
         skeleton: the keypoints, a built-in skeleton's name or a `Skeleton`.
         input_size: (height, width) of the crops; for bottom-up networks the lesser number is the shorter side.
@@ -138,6 +145,7 @@ class PoseEstimator:
         keypoint_threshold: float = 0.1,
         optimize: bool | None = None,
         precision: str = "float32",
+        crop_on_device: bool = False,
         channel_order: str = "rgb",
         skeleton: str | Skeleton | None = None,
         input_size: tuple[int, int] | None = None,
@@ -186,6 +194,7 @@ class PoseEstimator:
         self.flip_test = self.info.flip_test if flip_test is None else flip_test
         self.nms, self.nms_threshold = nms, nms_threshold
         self.keypoint_threshold = keypoint_threshold
+        self.crop_on_device = crop_on_device
         self.channel_order = channel_order
 
     @overload
@@ -279,16 +288,26 @@ class PoseEstimator:
         """Take the first crop and up to `step` - 1 more of its size through the network; returns the others."""
         size = crops[0][0].input_size
         chosen = [c for c in crops if c[0].input_size == size][:step]
-        outputs = self._forward(np.stack([job.crop(i) for job, i in chosen]))
+        outputs = self._forward(self._crops(chosen))
         for (job, _), output in zip(chosen, outputs, strict=True):
             job.outputs.append(output)
         taken = set(chosen)
         return [c for c in crops if c not in taken]
 
+    def _crops(self, chosen: list[tuple[_Job, int]]) -> Tensor:
+        """Crops of one size, uint8 RGB [B, 3, h, w] on the device."""
+        if not self.crop_on_device:
+            return torch.from_numpy(np.stack([job.crop(i) for job, i in chosen])).permute(0, 3, 1, 2).to(self.device)
+        crops = []
+        for job, group in itertools.groupby(chosen, key=lambda c: c[0]):
+            assert job.planes is not None
+            matrices = np.stack([job.matrices[i] for _, i in group])
+            crops.append(warp_crops(job.planes, matrices, job.input_size, job.antialias))
+        return torch.cat(crops)
+
     @torch.inference_mode()
-    def _forward(self, crops: Array) -> Sequence[tuple[Array, Array]]:
-        """What the codec finds in each of the crops, uint8 RGB [B, h, w, 3], in crop pixels."""
-        batch = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
+    def _forward(self, batch: Tensor) -> Sequence[tuple[Array, Array]]:
+        """What the codec finds in each of the crops, uint8 RGB [B, 3, h, w], in crop pixels."""
         flip_indices = self.skeleton.flip_indices if self.flip_test else None
         codec = self.info.codec
         if isinstance(codec, AssociativeEmbeddingCodec):
@@ -299,13 +318,20 @@ class PoseEstimator:
         points, scores = estimate_crops(self.model, batch, codec, flip_indices)
         return list(zip(points.cpu().numpy(), scores.cpu().numpy(), strict=True))
 
-    @staticmethod
-    def _read(image: Any, boxes: Any, channel_order: str) -> _Job:
+    def _read(self, image: Any, boxes: Any, channel_order: str) -> _Job:
+        if self.crop_on_device and (boxes is not None or self.bottom_up):
+            planes = planes_on(self.device, image, channel_order)
+            if planes is not None:
+                size = (planes.shape[1], planes.shape[2])
+                return _Job(boxes, np.zeros((0, 0, 3), np.uint8), size, planes=planes)
         try:
             pixels = to_rgb(image, channel_order)
         except ImageError as error:
             return _Job(boxes, np.zeros(0, np.uint8), error=error)
-        return _Job(boxes, pixels, (pixels.shape[0], pixels.shape[1]))
+        job = _Job(boxes, pixels, (pixels.shape[0], pixels.shape[1]))
+        if self.crop_on_device:
+            job.planes = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)
+        return job
 
     def _find(self, job: _Job) -> _Job:
         """Find boxes, unless they are given, and cut the crops."""

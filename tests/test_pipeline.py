@@ -38,6 +38,26 @@ def test_one_image_and_a_list(estimator, photo):
     assert estimator([]) == []
 
 
+def test_cropping_on_the_device(estimator, photo):
+    there = PoseEstimator(detector="none", crop_on_device=True)
+    boxes = np.array([[20, 10, 200, 220], [100.5, 30, 310, 239], [5, 5, 30, 40]])
+    expected = estimator([photo, photo[:100]], [boxes, None])
+    planes = torch.from_numpy(photo).permute(2, 0, 1)
+    for image in (photo, torch.from_numpy(photo), planes):
+        poses = there([image, photo[:100]], [boxes, None])
+        assert [len(p) for p in poses] == [3, 1] and poses[0].image_size == photo.shape[:2]
+        for got, wanted in zip(poses, expected, strict=True):
+            assert np.median(np.abs(got.keypoints - wanted.keypoints)) < 1
+            assert np.allclose(got.keypoint_scores, wanted.keypoint_scores, atol=0.05)
+    flipped = PoseEstimator(detector="none", crop_on_device=True, channel_order="bgr")(planes.flip(0), boxes)
+    assert np.allclose(flipped.keypoints, poses[0].keypoints, atol=1e-3)
+    assert len(there(photo, np.zeros((0, 4)))) == 0
+    with pytest.raises(BoxError, match="box 0"):
+        there(planes, [[0, 0, np.nan, 4]])
+    with pytest.raises(ImageError, match="uint8"):
+        there(planes.float(), boxes)
+
+
 def test_given_boxes_are_all_kept_in_order(estimator, photo):
     box = [20, 10, 200, 220]
     poses = estimator(photo, [box, box, box])

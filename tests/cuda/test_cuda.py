@@ -227,3 +227,12 @@ def test_optimised_without_memory_for_a_graph(monkeypatch):
         with pytest.warns(UserWarning, match="running call by call: CUDA out of memory"):
             assert torch.equal(fast(x), expected)
         assert torch.equal(fast(x), expected)
+
+
+def test_images_that_are_on_the_device_are_cropped_there(monkeypatch):
+    photo = torch.randint(0, 256, (3, 120, 90), dtype=torch.uint8, device="cuda")
+    boxes = [[5, 5, 60, 110], [20, 10, 80, 100]]
+    expected = fastpose.PoseEstimator(device="cuda")(photo, boxes)
+    monkeypatch.setattr("fastpose.pipeline.to_rgb", None)
+    poses = fastpose.PoseEstimator(device="cuda", crop_on_device=True)(photo, boxes)
+    assert len(poses) == 2 and abs(poses.keypoint_scores - expected.keypoint_scores).max() < 0.05
