@@ -1,11 +1,12 @@
 """Whole networks on the CPU: fastpose.optimize beside PyTorch, ONNX Runtime, OpenVINO and ncnn on the same network.
 
 Random weights and batch-norm statistics, the same for all. Every competitor lives in a process of its own, since thread
-pools in one process disturb each other; the processes take turns, block by block, and the median over all blocks
-counts. Before anything is timed every output is compared with PyTorch's. A competitor that is not installed, or fails,
-gets a row that says so: pip install '.[peers]'.
+pools in one process disturb each other. The processes take turns, block by block, and are stopped in between, as some
+threads go on spinning; the median over all blocks counts. Before anything is timed every output is compared with
+PyTorch's. A competitor that is not installed, or fails, gets a row that says so: pip install '.[peers]'.
 
     fastpose        fastpose.optimize
+    exported        the same from a TorchScript file, without the memory that preparing it takes
     eager           PyTorch, channels-last
     jit.freeze      scripted and frozen, channels-last
     compile         torch.compile, default options (only with --compile: it takes minutes)
@@ -15,7 +16,11 @@ gets a row that says so: pip install '.[peers]'.
     ... bf16        the same in bfloat16 (only with --bf16); for ncnn as a storage type
     fastpose int8   1x1 convolutions of many channels with bytes (only with --bf16)
 
-The last three runtimes take a batch at once or, in as many threads of one core each, image by image: the faster counts.
+ONNX Runtime, OpenVINO and ncnn take a batch at once or, in as many threads of one core each, image by image, what is
+faster.
+
+MB: most memory, by the operating system's account, that reading, preparing and running the network took beyond what the
+process had once its libraries were imported.
 
 Run: python benchmarks/compare_peers.py [--model NAME,...] [--threads 1,2] [--batch 1,32] [--size 256x192] [--rounds 7]
      [--json FILE]
@@ -24,9 +29,11 @@ Run: python benchmarks/compare_peers.py [--model NAME,...] [--threads 1,2] [--ba
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,7 +48,7 @@ import numpy as np
 
 BLOCK = 0.4  # seconds
 MODELS = "mobileposenet,hr_litenet,le_hrnet,lightweight_hrnet_448,lite_csw_hrnet,lite_hrnet_18,lite_hrnet_30,hrnet_w32"
-COMPETITORS = ("fastpose", "eager", "jit.freeze", "compile", "onnxruntime", "openvino", "ncnn")
+COMPETITORS = ("fastpose", "exported", "eager", "jit.freeze", "compile", "onnxruntime", "openvino", "ncnn")
 BF16 = ("fastpose bf16", "fastpose int8", "openvino bf16", "ncnn bf16")
 PRECISION = {"fastpose": "float32", "fastpose bf16": "bfloat16", "fastpose int8": "int8"}
 
@@ -69,17 +76,19 @@ def all_of(outputs: Any) -> np.ndarray:
     return rows[0] if len(rows) == 1 else np.concatenate(rows, 1)
 
 
-def make_torch(competitor: str, options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
+def make_torch(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
     import torch
 
     import fastpose
 
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    model, images = build(options.model), torch.from_numpy(x)
+    competitor, script = options.serve, Path(options.folder) / f"{options.model}.script"
+    images = torch.from_numpy(x)
+    model = torch.jit.load(str(script)) if competitor == "exported" else build(options.model)
     if competitor in PRECISION:
         model = fastpose.optimize(model, precision=PRECISION[competitor])
-    else:
+    elif competitor != "exported":
         model = model.to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
     if competitor == "jit.freeze":
@@ -122,10 +131,11 @@ def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[],
         name = session.get_inputs()[0].name
         return lambda images: all_of(session.run(None, {name: images}))
 
-    whole = session(options.onnx, options.threads)
+    file = f"{options.folder}/{options.model}"
+    whole = session(f"{file}_{len(x)}.onnx", options.threads)
     calls = [lambda: whole(x)]
     if len(x) > 1:
-        calls.append(streams([session(options.single, 1) for _ in range(options.threads)], x))
+        calls.append(streams([session(f"{file}_1.onnx", 1) for _ in range(options.threads)], x))
     return fastest(calls)
 
 
@@ -135,12 +145,12 @@ def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np
     precision = "bf16" if options.serve == "openvino bf16" else "f32"
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": options.threads}
     core = openvino.Core()
-    request = core.compile_model(
-        options.onnx, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"}
-    ).create_infer_request()
+    file = f"{options.folder}/{options.model}"
+    whole = core.compile_model(f"{file}_{len(x)}.onnx", "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
+    request = whole.create_infer_request()
     calls = [lambda: all_of(list(request.infer({0: x}).values()))]
     if len(x) > 1:
-        compiled = core.compile_model(options.single, "CPU", {**settings, "NUM_STREAMS": options.threads})
+        compiled = core.compile_model(f"{file}_1.onnx", "CPU", {**settings, "NUM_STREAMS": options.threads})
         requests = [compiled.create_infer_request() for _ in range(options.threads)]
         calls.append(streams([lambda image, r=r: all_of(list(r.infer({0: image}).values())) for r in requests], x))
     return fastest(calls)
@@ -148,24 +158,14 @@ def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np
 
 def make_ncnn(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
     import ncnn
-    import pnnx
-    import torch
-
-    folder = Path(options.onnx).parent
-    file = folder / f"{options.model}_{x.shape[2]}x{x.shape[3]}.pt"
-    if not file.with_suffix(".ncnn.param").is_file():
-        here = os.getcwd()
-        os.chdir(folder)
-        pnnx.export(build(options.model), str(file), (torch.from_numpy(x[:1]),), fp16=False)
-        os.chdir(here)
 
     def load(threads: int) -> Callable[[np.ndarray], np.ndarray]:
         net = ncnn.Net()
         net.opt.num_threads = threads
         net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
         net.opt.use_bf16_storage = options.serve == "ncnn bf16"
-        net.load_param(str(file.with_suffix(".ncnn.param")))
-        net.load_model(str(file.with_suffix(".ncnn.bin")))
+        net.load_param(f"{options.folder}/{options.model}.ncnn.param")
+        net.load_model(f"{options.folder}/{options.model}.ncnn.bin")
 
         def run(image: np.ndarray) -> np.ndarray:
             extractor = net.create_extractor()
@@ -187,21 +187,36 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def memory(what: str) -> float:
+    """MB that this process has (VmRSS) or had at most (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def reason(problem: Exception) -> str:
+    return " ".join(f"{type(problem).__name__}: {problem}".split())[:120]
+
+
 def serve(options: argparse.Namespace) -> None:
     """The process of one competitor: prepares, reports its largest difference, then times a block per line of input."""
     x = np.random.default_rng(0).standard_normal((options.batch, 3, *options.size), dtype=np.float32)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # converters print
+    name = options.serve.removesuffix(" bf16")
+    makers = {"onnxruntime": make_onnxruntime, "openvino": make_openvino, "ncnn": make_ncnn}
     try:
-        makers = {"onnxruntime": make_onnxruntime, "openvino": make_openvino, "ncnn": make_ncnn}
-        make = makers.get(options.serve.removesuffix(" bf16"), lambda options, x: make_torch(options.serve, options, x))
-        call = make(options, x)
-        got, expected = call(), np.load(options.expected)
+        for library in (name,) if name in makers else ("torch", "fastpose"):
+            importlib.import_module(library)
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+        call = makers.get(name, make_torch)(options, x)
+        got = call()
+        most = memory("VmHWM") - before
+        expected = np.load(Path(options.folder) / f"{options.model}_{len(x)}.npy")
         error = float(np.abs(got - expected).max() / np.abs(expected).max())
-        print(json.dumps({"error": error}), file=out, flush=True)
+        print(json.dumps({"error": error, "MB": most}), file=out, flush=True)
     except Exception as problem:  # a rival's failure is a row of the table
-        text = " ".join(f"{type(problem).__name__}: {problem}".split())[:120]
-        print(json.dumps({"failed": text}), file=out, flush=True)
+        print(json.dumps({"failed": reason(problem)}), file=out, flush=True)
         return
     for _ in sys.stdin:
         call()
@@ -211,30 +226,57 @@ def serve(options: argparse.Namespace) -> None:
         print(json.dumps({"ms": statistics.median(times) * 1e3}), file=out, flush=True)
 
 
-def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> tuple[Path, Path, Path]:
-    """ONNX files of the batch and of a single image, and the expected output."""
+def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> dict[str, str]:
+    """Write every competitor's file, see `files`, and the expected output; returns what failed, and why."""
     import torch
+
+    import fastpose
 
     logging.disable(logging.WARNING)  # the exporter's, about what it works without
     network, x = build(model), np.random.default_rng(0).standard_normal((batch, 3, *size), dtype=np.float32)
-    expected = folder / f"{model}_{batch}.npy"
-    with torch.no_grad():
-        np.save(expected, all_of(network(torch.from_numpy(x))))
-    whole, single = (folder / f"{model}_{images}.onnx" for images in (batch, 1))
-    for file, images in ((whole, x), (single, x[:1])):
-        if not file.is_file():  # for another number of threads: exporting can take minutes
-            torch.onnx.export(network, (torch.from_numpy(images),), str(file), dynamo=True, verbose=False)
-    return whole, single, expected
+    whole, image, here = torch.from_numpy(x), torch.from_numpy(x[:1]), os.getcwd()
+
+    def to_onnx(images: torch.Tensor) -> Callable[[Path], Any]:
+        return lambda file: torch.onnx.export(network, (images,), str(file), dynamo=True, verbose=False)
+
+    def to_script(file: Path) -> None:
+        torch.jit.save(torch.jit.script(fastpose.optimize(network, size)), str(file))
+
+    def to_ncnn(file: Path) -> None:
+        import pnnx
+
+        os.chdir(folder)  # it writes what else it makes into the current one
+        pnnx.export(network, str(folder / f"{model}.pt"), (image,), fp16=False)
+        os.chdir(here)
+
+    failed: dict[str, str] = {}
+    for file, write, users in (
+        (folder / f"{model}_{batch}.npy", lambda file: np.save(file, all_of(network(whole))), ()),
+        (folder / f"{model}_{batch}.onnx", to_onnx(whole), ("onnxruntime", "openvino")),
+        (folder / f"{model}_1.onnx", to_onnx(image), ("onnxruntime", "openvino")),
+        (folder / f"{model}.script", to_script, ("exported",)),
+        (folder / f"{model}.ncnn.param", to_ncnn, ("ncnn",)),
+    ):
+        try:
+            if not file.is_file():  # it is there for another number of threads: making it can take minutes
+                with torch.no_grad():
+                    write(file)
+        except Exception as problem:
+            failed |= dict.fromkeys(users, reason(problem))
+    return failed
 
 
 def run_case(arguments: argparse.Namespace, model: str, threads: int, batch: int, folder: Path) -> list[dict[str, Any]]:
-    onnx, single, expected = prepare(model, batch, arguments.size, folder)
+    failed = prepare(model, batch, arguments.size, folder)
     children: dict[str, subprocess.Popen[str]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for competitor in arguments.competitors:
+        rows[competitor] = {"model": model, "batch": batch, "threads": threads, "competitor": competitor}
+        if competitor.removesuffix(" bf16") in failed:
+            rows[competitor]["failed"] = failed[competitor.removesuffix(" bf16")]
+            continue
         command = [sys.executable, __file__, "--serve", competitor, "--model", model, "--threads", str(threads)]
-        command += ["--batch", str(batch), "--size", "x".join(map(str, arguments.size))]
-        command += ["--onnx", str(onnx), "--single", str(single), "--expected", str(expected)]
+        command += ["--batch", str(batch), "--size", "x".join(map(str, arguments.size)), "--folder", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         child = subprocess.Popen(
             command,
@@ -246,19 +288,22 @@ def run_case(arguments: argparse.Namespace, model: str, threads: int, batch: int
         )
         assert child.stdout is not None
         line = child.stdout.readline()  # one prepares after the other
-        reply = json.loads(line) if line else {"failed": f"exit code {child.wait()}"}
-        rows[competitor] = {"model": model, "batch": batch, "threads": threads, "competitor": competitor, **reply}
-        if "failed" not in reply:
+        rows[competitor] |= json.loads(line) if line else {"failed": f"exit code {child.wait()}"}
+        if "failed" not in rows[competitor]:
+            child.send_signal(signal.SIGSTOP)  # threads that wait for work by spinning would disturb the others
             children[competitor] = child
             rows[competitor]["blocks"] = []
     for _ in range(arguments.rounds):
         for competitor, child in children.items():
             assert child.stdin is not None and child.stdout is not None
+            child.send_signal(signal.SIGCONT)
             child.stdin.write("block\n")
             child.stdin.flush()
             rows[competitor]["blocks"].append(json.loads(child.stdout.readline())["ms"])
+            child.send_signal(signal.SIGSTOP)
     for child in children.values():
         assert child.stdin is not None
+        child.send_signal(signal.SIGCONT)
         child.stdin.close()
         child.wait()
     ours = rows.get("fastpose", {}).get("blocks")
@@ -280,9 +325,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--serve", choices=COMPETITORS + BF16, help=argparse.SUPPRESS)
-    parser.add_argument("--onnx", help=argparse.SUPPRESS)
-    parser.add_argument("--single", help=argparse.SUPPRESS)
-    parser.add_argument("--expected", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     height, width = arguments.size.split("x")
     arguments.size = (int(height), int(width))
@@ -293,7 +336,9 @@ def main() -> None:
     arguments.competitors = [c for c in COMPETITORS if c != "compile" or arguments.compile]
     arguments.competitors += BF16 if arguments.bf16 else ()
     rows: list[dict[str, Any]] = []
-    header = f"{'model':16}{'batch':>6}{'threads':>8}  {'competitor':14}{'ms':>9}{'x fastpose':>11}{'error':>9}"
+    header = (
+        f"{'model':16}{'batch':>6}{'threads':>8}  {'competitor':14}{'ms':>9}{'x fastpose':>11}{'error':>9}{'MB':>8}"
+    )
     print(f"size {height}x{width}, load average {os.getloadavg()[0]:.2f}\n{header}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for model in arguments.model.split(","):
@@ -305,7 +350,10 @@ def main() -> None:
                         if "failed" in row:
                             print(f"{case}  {row['failed']}", flush=True)
                         else:
-                            print(f"{case}{row['ms']:>9.2f}{row['ratio']:>11.2f}{row['error']:>9.0e}", flush=True)
+                            print(
+                                f"{case}{row['ms']:>9.2f}{row['ratio']:>11.2f}{row['error']:>9.0e}{row['MB']:>8.1f}",
+                                flush=True,
+                            )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
 

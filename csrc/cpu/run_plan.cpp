@@ -453,6 +453,15 @@ struct alignas(64) Progress {
   std::atomic<int64_t> next{0}, done{0};
 };
 
+// A moment of waiting that leaves the core to its other hardware thread, which may be the one waited for.
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
 void cut_sections(const std::vector<PlanTask>& tasks, std::vector<Section>& sections) {
   sections.clear();
   for (size_t i = 0; i < tasks.size(); ++i) {
@@ -572,7 +581,7 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
             progress[i].done.fetch_add(1, std::memory_order_release);
           }
           for (int spins = 0; progress[i].done.load(std::memory_order_acquire) < section.tiles; ++spins) {
-            if (spins > 2000) sched_yield();
+            spins < 500 ? relax() : static_cast<void>(sched_yield());
           }
         }
       });
