@@ -192,6 +192,15 @@ class _Program:
         self.length += len(flat)
         return self.length - len(flat)
 
+    def all_weights(self) -> Tensor:
+        """All numbers in one tensor. They are taken from the program piece by piece, so that they exist once."""
+        whole, end = torch.empty(self.length), self.length
+        while self.weights:
+            flat = self.weights.pop()
+            whole[end - len(flat) : end] = flat
+            end -= len(flat)
+        return whole
+
 
 def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: str = "float32") -> Optimized | Graphed:
     """A copy of `model` for inference: on the CPU one fused call, on CUDA a graph per input shape (see `Graphed`).
@@ -278,7 +287,7 @@ class _Lowering:
         for node in self.graph.nodes:
             if node.op == "call_function" and node not in self.claimed:
                 self.match(node)
-            for step in self.ending.get(node, ()):
+            for step in self.ending.pop(node, ()):
                 self.emit(step)
         (output,) = [n for n in self.graph.nodes if n.op == "output"]
         results = [self.value(n) for n in output.args[0]]
@@ -286,7 +295,7 @@ class _Lowering:
         flat = header + [self.map_of(n) for n in results] + program.channels + program.base + program.first
         flat += [v for s in program.steps for v in s]
         sizes = [n for node in results for n in self.size(node, inputs[0])]
-        return torch.tensor(flat), torch.cat(program.weights), self.name, self.multiple, sizes
+        return torch.tensor(flat), program.all_weights(), self.name, self.multiple, sizes
 
     def size(self, node: Node, image: Node) -> list[int]:
         """Channels of an output, and its height and width as a fraction of the image's."""
