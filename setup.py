@@ -250,7 +250,7 @@ def extensions():
                 objects, description = build_cuda(Path(self.build_temp))
                 if objects:
                     ops.extra_objects += objects
-                    ops.library_dirs += library_dirs(find_nvcc())
+                    ops.extra_link_args += [f"-L{folder}" for folder in library_dirs(find_nvcc())]
                     ops.libraries += ["cudart_static", "dl", "pthread", "rt"]
                 if native is not None:
                     native.define_macros.append(("FASTPOSE_CUDA", f'"{description}"'))

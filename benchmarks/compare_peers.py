@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -105,20 +106,12 @@ def fastest(calls: Sequence[Callable[[], np.ndarray]]) -> Callable[[], np.ndarra
 
 def streams(runs: Sequence[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> Callable[[], np.ndarray]:
     """Single images, shared out among `runs`, each in a thread of its own."""
-    pool = ThreadPoolExecutor(len(runs))
-    shares = [range(i, len(x), len(runs)) for i in range(len(runs))]
+    pool, shares = ThreadPoolExecutor(len(runs)), np.array_split(x, len(runs))
 
-    def share(run: Callable[[np.ndarray], np.ndarray], images: range) -> list[np.ndarray]:
-        return [run(x[i : i + 1]) for i in images]
+    def share(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> list[np.ndarray]:
+        return [run(images[i : i + 1]) for i in range(len(images))]
 
-    def call() -> np.ndarray:
-        rows: list[Any] = [None] * len(x)
-        for images, results in zip(shares, pool.map(share, runs, shares), strict=True):
-            for i, row in zip(images, results, strict=True):
-                rows[i] = row
-        return np.concatenate(rows)
-
-    return call
+    return lambda: np.concatenate(list(itertools.chain(*pool.map(share, runs, shares))))
 
 
 def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:

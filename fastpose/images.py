@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,11 @@ def write_image(path: str | Path, image: Array) -> None:
     write_atomically(path, lambda p: p.write_bytes(data.tobytes()))
 
 
+def channels_first(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape is [3, H, W] or [1, H, W] rather than [H, W, C]."""
+    return len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3, 4)
+
+
 def to_rgb(image: Any, channel_order: str) -> Array:
     """Turn a path, array, PIL image or tensor into uint8 RGB [H, W, 3].
 
@@ -124,7 +130,7 @@ def to_rgb(image: Any, channel_order: str) -> Array:
         return np.ascontiguousarray(np.asarray(image.convert("RGB")))
     if hasattr(image, "detach"):  # torch.Tensor
         image = image.detach().cpu().numpy()
-        if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3, 4):
+        if channels_first(image.shape):
             image = image.transpose(1, 2, 0)
     if not isinstance(image, np.ndarray):
         raise ImageError(f"image must be a path, array, PIL image or tensor, got {type(image).__name__}")

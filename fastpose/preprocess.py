@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpose.geometry import Array, invert_affine
+from fastpose.images import channels_first
 
 # ImageNet statistics of RGB in [0, 1]; every network here is trained with them.
 MEAN = (0.485, 0.456, 0.406)
@@ -30,11 +31,8 @@ def planes_on(device: torch.device, image: Any, channel_order: str) -> Tensor | 
         return None
     if image.device.type != device.type or device.index not in (None, image.device.index):
         return None
-    if image.shape[0] == 3 and image.shape[2] not in (1, 3, 4):  # as images.to_rgb decides
-        planes = image.detach()
-    elif image.shape[2] == 3:
-        planes = image.detach().permute(2, 0, 1)
-    else:
+    planes = image.detach() if channels_first(image.shape) else image.detach().permute(2, 0, 1)
+    if planes.shape[0] != 3:
         return None
     return planes.flip(0) if channel_order == "bgr" else planes
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import library as torch_library
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_ops.so"
 OPS = ("ghost_cheap", "ghost_cheap_backward", "dw_upsample", "dw_upsample_backward", "oks_nms", "run_plan")
@@ -91,7 +92,7 @@ def register(
         autocast: under autocast cast floating-point arguments to autocast's dtype ("lower") or to float32 ("float32").
     """
     name = f"fastpose::{op}"
-    torch.library.register_fake(name)(fake)
+    torch_library.register_fake(name)(fake)
     if backward is None:
 
         def refuse(ctx: Any, *grads: Any) -> Any:
@@ -101,15 +102,15 @@ def register(
             )
 
         backward = refuse
-    torch.library.register_autograd(name, backward, setup_context=setup_context)
-    library = torch.library.Library("fastpose", "IMPL")
+    torch_library.register_autograd(name, backward, setup_context=setup_context)
+    library = torch_library.Library("fastpose", "IMPL")
     _LIBRARIES.append(library)
     library.impl(op, reference, "CompositeExplicitAutograd")
     for device in ("cpu", "cuda"):
         library.impl(op, _autocast(op, device, autocast), f"Autocast{device.upper()}")
 
 
-_LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected
+_LIBRARIES: list[torch_library.Library] = []  # a Library unregisters its kernels when it is collected
 
 
 def _autocast(op: str, device: str, policy: str) -> Callable[..., Any]:
