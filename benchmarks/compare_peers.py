@@ -9,7 +9,9 @@ PyTorch's. A competitor that is not installed, or fails, gets a row that says so
     exported        the same from a TorchScript file, without the memory that preparing it takes
     eager           PyTorch, channels-last
     jit.freeze      scripted and frozen, channels-last
-    compile         torch.compile, default options (only with --compile: it takes minutes)
+    compile         torch.compile, default options (only with --compile, as the next two: it takes minutes)
+    compile frozen  the same with weights as constants, batch norms folded and convolutions packed (freezing)
+    aotinductor     the same as `compile`, ahead of time: a shared library that runs without Python
     onnxruntime     intra-op threads as given
     openvino        latency hint
     ncnn            converted by pnnx, Winograd and packing as by default, float32, image by image
@@ -49,7 +51,8 @@ import numpy as np
 
 BLOCK = 0.4  # seconds
 MODELS = "mobileposenet,hr_litenet,le_hrnet,lightweight_hrnet_448,lite_csw_hrnet,lite_hrnet_18,lite_hrnet_30,hrnet_w32"
-COMPETITORS = ("fastpose", "exported", "eager", "jit.freeze", "compile", "onnxruntime", "openvino", "ncnn")
+COMPILED = ("compile", "compile frozen", "aotinductor")
+COMPETITORS = ("fastpose", "exported", "eager", "jit.freeze", *COMPILED, "onnxruntime", "openvino", "ncnn")
 BF16 = ("fastpose bf16", "fastpose int8", "openvino bf16", "ncnn bf16")
 PRECISION = {"fastpose": "float32", "fastpose bf16": "bfloat16", "fastpose int8": "int8"}
 
@@ -96,6 +99,14 @@ def make_torch(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.nd
         model = torch.jit.freeze(torch.jit.script(model))
     if competitor == "compile":
         model = torch.compile(model, dynamic=False)
+    if competitor == "compile frozen":
+        model = torch.compile(model, dynamic=False, options={"freezing": True})
+    if competitor == "aotinductor":
+        exported = torch.export.export(model, (images,))
+        package = f"{options.folder}/{options.model}_{len(x)}_{options.threads}.pt2"
+        model = torch._inductor.aoti_load_package(
+            torch._inductor.aoti_compile_and_package(exported, package_path=package)
+        )
     return lambda: all_of(model(images))
 
 
@@ -326,11 +337,11 @@ def main() -> None:
         arguments.threads, arguments.batch = int(arguments.threads), int(arguments.batch)
         serve(arguments)
         return
-    arguments.competitors = [c for c in COMPETITORS if c != "compile" or arguments.compile]
+    arguments.competitors = [c for c in COMPETITORS if c not in COMPILED or arguments.compile]
     arguments.competitors += BF16 if arguments.bf16 else ()
     rows: list[dict[str, Any]] = []
     header = (
-        f"{'model':16}{'batch':>6}{'threads':>8}  {'competitor':14}{'ms':>9}{'x fastpose':>11}{'error':>9}{'MB':>8}"
+        f"{'model':16}{'batch':>6}{'threads':>8}  {'competitor':15}{'ms':>9}{'x fastpose':>11}{'error':>9}{'MB':>8}"
     )
     print(f"size {height}x{width}, load average {os.getloadavg()[0]:.2f}\n{header}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -339,7 +350,7 @@ def main() -> None:
                 for threads in map(int, arguments.threads.split(",")):
                     for row in run_case(arguments, model, threads, batch, Path(folder)):
                         rows.append({**row, "load": os.getloadavg()[0]})
-                        case = f"{row['model']:16}{row['batch']:>6}{row['threads']:>8}  {row['competitor']:14}"
+                        case = f"{row['model']:16}{row['batch']:>6}{row['threads']:>8}  {row['competitor']:15}"
                         if "failed" in row:
                             print(f"{case}  {row['failed']}", flush=True)
                         else:

@@ -259,6 +259,10 @@ class _Lowering:
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.tensors: dict[str, Tensor] = {k: state[v].detach() for k, v in named.items()}
         self.state = state
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.tensors]
+        if len(inputs) != 1:
+            raise NotOptimizable(f"{self.name} must take one tensor, it takes {len(inputs)}")
+        self.image = inputs[0]
         # nodes by the module they come from, for those that have a rule as a whole
         self.modules: dict[str, list[Node]] = {}
         for node in self.graph.nodes:
@@ -268,11 +272,12 @@ class _Lowering:
         self.claimed: set[Node] = set()  # folded into an instruction
         self.ending: dict[Node, list[_Step]] = {}  # instructions by their last node
         self.same: dict[Node, Node] = {}  # nodes that pass a value on unchanged
-        # left to those who use them: a map times a gate, a gate plus a number, an upsampled map, a mean or maximum over
-        # channels
+        # left to those who use them: a map times a gate, a gate plus a number, an upsampled map, a map with zeros
+        # around it, a mean or maximum over channels
         self.gated: dict[Node, _Step] = {}
         self.plus: dict[Node, tuple[Node, float]] = {}
         self.enlarged: dict[Node, tuple[Node, int]] = {}
+        self.padded: dict[Node, tuple[Node, int]] = {}
         self.over_channels: dict[Node, Node] = {}
         self.program = _Program()
         self.maps: dict[Node, int] = {}
@@ -280,10 +285,7 @@ class _Lowering:
     def lower(self) -> tuple[Tensor, Tensor, str, int, list[int]]:
         """The arguments of `Optimized`."""
         program, maps = self.program, self.maps
-        inputs = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.tensors]
-        if len(inputs) != 1:
-            raise NotOptimizable(f"{self.name} must take one tensor, it takes {len(inputs)}")
-        maps[inputs[0]] = program.new_map(self.channels(inputs[0]))
+        maps[self.image] = program.new_map(self.channels(self.image))
         for node in self.graph.nodes:
             if node.op == "call_function" and node not in self.claimed:
                 self.match(node)
@@ -291,15 +293,15 @@ class _Lowering:
                 self.emit(step)
         (output,) = [n for n in self.graph.nodes if n.op == "output"]
         results = [self.value(n) for n in output.args[0]]
-        header = [VERSION, len(program.base), len(program.steps), maps[inputs[0]], len(results)]
+        header = [VERSION, len(program.base), len(program.steps), maps[self.image], len(results)]
         flat = header + [self.map_of(n) for n in results] + program.channels + program.base + program.first
         flat += [v for s in program.steps for v in s]
-        sizes = [n for node in results for n in self.size(node, inputs[0])]
+        sizes = [n for node in results for n in self.size(node)]
         return torch.tensor(flat), program.all_weights(), self.name, self.multiple, sizes
 
-    def size(self, node: Node, image: Node) -> list[int]:
+    def size(self, node: Node) -> list[int]:
         """Channels of an output, and its height and width as a fraction of the image's."""
-        (height, width), (h, w) = image.meta["val"].shape[2:], node.meta["val"].shape[2:]
+        (height, width), (h, w) = self.image.meta["val"].shape[2:], node.meta["val"].shape[2:]
         ratio = Fraction(int(h), int(height))
         if ratio != Fraction(int(w), int(width)):
             raise NotOptimizable(f"{self.name}: an output of {h} x {w} for images of {height} x {width}")
@@ -379,8 +381,17 @@ class _Lowering:
         weight = self.tensors[given["weight"].name].double()
         bias = None if given["bias"] is None else self.tensors[given["bias"].name].double()
         stride, padding, dilation = (self.square(node, given[k]) for k in ("stride", "padding", "dilation"))
-        groups, k = int(given["groups"]), weight.shape[2]
+        groups = int(given["groups"])
         depthwise = groups > 1 and weight.shape[1] == 1 and weight.shape[0] == groups
+        if given["input"] in self.padded and padding == 0 and not transposed:
+            given["input"], padding = self.padded[given["input"]]
+            # A larger kernel that begins with zeros makes the same of as many zeros on all sides. By two for depthwise
+            # ones, of which only odd sizes are known: with the last of them an odd map would give one row too many.
+            more = 2 if depthwise else 1
+            if depthwise and not (stride == 2 and self.always_even(given["input"])):
+                raise NotOptimizable(f"{self.name}: {node.format_node()} on a map padded unevenly is not supported")
+            weight, padding = nn.functional.pad(weight, (more, 0, more, 0)), padding + more
+        k = weight.shape[2]
         fits = weight.shape[3] == k and dilation == 1 and self.square(node, given["output_padding"]) == 0
         if transposed:
             op = UPSAMPLE if depthwise else DECONV
@@ -415,6 +426,23 @@ class _Lowering:
             step.operand, step.gate, step.constant = gated.operand, gated.gate, gated.constant
         self.finish(step, last, residual=op in (CONV, CONV_BF16, CONV_INT8, WINOGRAD))
 
+    def pad(self, node: Node) -> None:
+        """Zeros around a map, one row and column more behind it: left to the convolutions that use it."""
+        x, sides = node.args[:2]
+        mode = node.args[2] if len(node.args) > 2 else "constant"
+        value = node.args[3] if len(node.args) > 3 else 0
+        first = sides[0]
+        if mode != "constant" or value or list(sides) != [first, first + 1] * 2 or first < 0:
+            raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported")
+        if not all(u.target is aten.conv2d.default for u in node.users):
+            raise NotOptimizable(f"{self.name}: padding that is not followed by a convolution is not supported")
+        self.padded[node] = (x, first)
+
+    def always_even(self, node: Node) -> bool:
+        """Whether height and width of a map are even for all images the network takes."""
+        sizes = zip(node.meta["val"].shape[2:], self.image.meta["val"].shape[2:], strict=True)
+        return all(int(n) * self.multiple % (2 * int(whole)) == 0 for n, whole in sizes)
+
     def square(self, node: Node, value: Any) -> int:
         values = {int(v) for v in value} if isinstance(value, (list, tuple)) else {int(value)}
         if len(values) != 1:
@@ -436,6 +464,11 @@ class _Lowering:
             raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported")
         else:
             self.finish(_Step(REDUCTIONS[node.target], node, node, x), node, residual=False)
+
+    def adaptive_pool(self, node: Node) -> None:
+        if list(node.args[1]) != [1, 1]:
+            raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported; expected an output of one pixel")
+        self.finish(_Step(MEAN, node, node, node.args[0]), node, residual=False)
 
     def multiply(self, node: Node) -> None:
         a, b = node.args
@@ -814,6 +847,7 @@ MODULES: dict[str, Callable[[_Lowering, str, list[Node]], None]] = {"fastpose.mo
 PATTERNS: dict[Any, Callable[[_Lowering, Node], None]] = {
     aten.conv2d.default: _Lowering.convolution,
     aten.conv_transpose2d.input: _Lowering.convolution,
+    aten.pad.default: _Lowering.pad,
     **{target: _Lowering.reduction for target in REDUCTIONS},
     ENLARGE: _Lowering.enlarge,
     aten.cat.default: _Lowering.concat,
@@ -823,6 +857,7 @@ PATTERNS: dict[Any, Callable[[_Lowering, Node], None]] = {
     aten.chunk.default: _Lowering.split,
     aten.split_with_sizes.default: _Lowering.split,
     aten.slice.Tensor: _Lowering.slice,
+    aten.adaptive_avg_pool2d.default: _Lowering.adaptive_pool,
     aten.avg_pool2d.default: _Lowering.average_pool,
     aten.max_pool2d.default: _Lowering.max_pool,
     **{target: _Lowering.shuffle for target in VIEWS},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,7 +46,9 @@ def test_targets_equal_the_loop():
     assert np.allclose(heatmaps, expected, atol=1e-12) and int(index[0, 0, 0]) == -1 and int(index[0, 0, 1]) == 15
 
 
-def test_losses_equal_the_loop():
+@pytest.mark.parametrize("background", [1.0, 0.1])
+def test_losses_equal_the_loop(background):
+    codec = replace(CODEC, background=background)
     points, valid = people()
     valid[1, 1:] = False  # one person
     outputs = [torch.randn(2, 6, 16, 16, dtype=torch.float64), torch.randn(2, 3, 32, 32, dtype=torch.float64)]
@@ -53,11 +56,12 @@ def test_losses_equal_the_loop():
         output.requires_grad_()
     mask = torch.ones(2, 64, 64)
     mask[:, :32, :16] = 0
-    heatmap, push, pull = CODEC.losses(outputs, points, valid, mask)
+    heatmap, push, pull = codec.losses(outputs, points, valid, mask)
     expected = 0.0
     for output, stride in zip(outputs, (4, 2), strict=True):
         target, index = CODEC.encode(points, valid, tuple(output.shape[2:]), stride)
-        squared = (output[:, :3] - target) ** 2
+        weight = (target > 0).double()
+        squared = (output[:, :3] - target) ** 2 * (weight + background * (1 - weight))
         squared[:, :, : 32 // stride, : 16 // stride] = 0
         expected += float(squared.mean().detach())
         if stride == 4:
@@ -75,12 +79,12 @@ def test_losses_equal_the_loop():
         pushes.append(sum(pairs) / (2 * len(means) * (len(means) - 1)) if pairs else 0.0)
     assert math.isclose(push.item(), np.mean(pushes), rel_tol=1e-12)
     assert math.isclose(pull.item(), np.mean(pulls), rel_tol=1e-12)
-    loss = CODEC.loss(outputs, points, valid, mask)
+    loss = codec.loss(outputs, points, valid, mask)
     assert math.isclose(loss.item(), heatmap.item() + 1e-3 * (push.item() + pull.item()), rel_tol=1e-12)
     loss.backward()
     assert all(o.grad.isfinite().all() for o in outputs)
     with pytest.raises(ValueError, match=r"mask must be \[B, 64, 64\], got \[2, 9, 9\]"):
-        CODEC.losses(outputs, points, valid, mask[:, :9, :9])
+        codec.losses(outputs, points, valid, mask[:, :9, :9])
 
 
 def test_nobody_to_train_on():

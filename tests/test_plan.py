@@ -332,7 +332,34 @@ def test_fusion_by_channel_means():
     compare(Link(), (1, 3, 24, 24), (3, 3, 4, 4), (2, 3, 8, 28))
 
 
-@pytest.mark.parametrize("name", ["hr_litenet", "lite_csw_hrnet", "lite_hrnet_18", "small_hrnet_w16"])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_padding_as_in_tensorflow(kernel):
+    """One row and column of zeros more at the end, stride 2; depthwise only where maps are even at every size."""
+    half = (kernel - 2) // 2
+    pad = nn.ZeroPad2d((half, half + 1, half, half + 1))
+    dense, depthwise = (
+        nn.Sequential(pad, nn.Conv2d(8 if groups > 1 else 3, 8, kernel, 2, groups=groups), nn.BatchNorm2d(8), nn.SiLU())
+        for groups in (1, 8)
+    )
+    compare(dense, (1, 3, 6, 8), (2, 3, 7, 5), (1, 3, 2, 2))
+    both = nn.Sequential(dense, depthwise, nn.AdaptiveAvgPool2d(1)).float()
+    with pytest.raises(NotOptimizable, match="on a map padded unevenly is not supported"):
+        optimize(Multiple(both, 2), (24, 24))
+    x = torch.randn(2, 3, 20, 12)
+    with torch.no_grad():
+        assert relative(optimize(Multiple(both, 4), (24, 24))(x), both.double()(x.double())) < 5e-6
+
+
+class Multiple(nn.Sequential):
+    def __init__(self, module: nn.Module, multiple: int) -> None:
+        super().__init__(module)
+        self.input_multiple = multiple
+        self.eval()
+
+
+@pytest.mark.parametrize(
+    "name", ["hr_litenet", "lite_csw_hrnet", "lite_hrnet_18", "small_hrnet_w16", "efficient_hrnet_h2"]
+)
 def test_networks(name):
     model = build(name, num_keypoints=5)
     fast, x = optimize(model), torch.randn(3, 3, 64, 96)

@@ -33,6 +33,9 @@ class AssociativeEmbeddingCodec:
         stride: input pixels per cell of the first output.
         sigma: standard deviation of the targets in cells, at every resolution.
         push, pull: weights of the two losses on the tags.
+        background: weight of the cells that no Gaussian reaches in the heatmaps' loss. HigherHRNet has 1; with 0.1, as
+            in DEKR (Z. Geng et al., CVPR 2021), short trainings do not stay where every heatmap is zero, and the
+            heatmaps of a trained network are higher: raise `detection_threshold`, to 0.3 or so.
         max_people, detection_threshold, tag_threshold, window, refine: of `fastpose.grouping.group_people`.
     """
 
@@ -40,12 +43,18 @@ class AssociativeEmbeddingCodec:
     sigma: float = 2.0
     push: float = 1e-3
     pull: float = 1e-3
+    background: float = 1.0
     max_people: int = 30
     detection_threshold: float = 0.1
     tag_threshold: float = 1.0
     window: int = 5
     refine: bool = True
     type: str = field(default="associative", init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("push", "pull", "background"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def encode(self, keypoints: Tensor, valid: Tensor, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
         """Training targets at one resolution.
@@ -81,7 +90,8 @@ class AssociativeEmbeddingCodec:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses on heatmaps and tags, averaged over the batch.
 
-        * Heatmaps: mean squared difference over all cells and keypoints, summed over the resolutions.
+        * Heatmaps: mean squared difference over all cells and keypoints, summed over the resolutions; cells where the
+          target is 0 count by the factor `background`.
         * Push: ``sum over n != m of exp(-(t_n - t_m)^2) / (2 N (N - 1))`` of the mean tags t_n of an image's N people
           with at least one keypoint; 0 for fewer than two. (mmpose also adds the terms n = m, a constant.)
         * Pull: mean over people of the mean squared difference of their keypoints' tags to t_n.
@@ -98,7 +108,10 @@ class AssociativeEmbeddingCodec:
             target, index = self.encode(keypoints, valid, size, height // size[0])
             if i == 0:
                 first_index = index
-            squared = (output[:, :k] - target.to(output.dtype)) ** 2
+            target = target.to(output.dtype)
+            squared = (output[:, :k] - target) ** 2
+            if self.background != 1.0:
+                squared = torch.where(target > 0, squared, self.background * squared)
             if mask is not None:
                 if mask.shape[1:] != (height, width):
                     raise ValueError(f"mask must be [B, {height}, {width}], got {list(mask.shape)}")
