@@ -21,11 +21,15 @@ PyTorch's. A competitor that is not installed, or fails, gets a row that says so
 ONNX Runtime, OpenVINO and ncnn take a batch at once or, in as many threads of one core each, image by image, what is
 faster.
 
+A part of a network is --model PART:CxHxW, with its own input size: `dw_upsample` and `ghost_cheap`, for which fastpose
+is the operator called from eager PyTorch with batch norm folded, and `upsampling_block` (MobilePoseNet's, behind a 1x1
+convolution of three channels to C, since that is what `optimize` takes).
+
 MB: most memory, by the operating system's account, that reading, preparing and running the network took beyond what the
 process had once its libraries were imported.
 
-Run: python benchmarks/compare_peers.py [--model NAME,...] [--threads 1,2] [--batch 1,32] [--size 256x192] [--rounds 7]
-     [--json FILE]
+Run: python benchmarks/compare_peers.py [--model NAME,PART:CxHxW,...] [--threads 1,2] [--batch 1,32] [--size 256x192]
+     [--rounds 7] [--json FILE]
 """
 
 from __future__ import annotations
@@ -58,18 +62,53 @@ PRECISION = {"fastpose": "float32", "fastpose bf16": "bfloat16", "fastpose int8"
 
 
 def build(name: str) -> Any:
-    """The network in eval mode on the reference path; every call, in every process, gives the same weights."""
+    """The network or part in eval mode on the reference path; every call, in every process, gives the same weights."""
     import torch
 
     import fastpose
+    from fastpose.layers import DWUpsampleBNAct, GhostModule
+    from fastpose.models.mobileposenet import LPB
 
     torch.manual_seed(0)
-    model = fastpose.create_model(name)
+    part, _, shape = name.partition(":")
+    if not shape:
+        model = fastpose.create_model(name)
+    else:
+        c = int(shape.split("x")[0])
+        if part == "dw_upsample":
+            model = DWUpsampleBNAct(c)
+        elif part == "ghost_cheap":
+            model = GhostModule(c, 2 * c)
+            model.primary = torch.nn.Identity()
+        elif part == "upsampling_block":
+            model = torch.nn.Sequential()
+            model.add_module("enter", torch.nn.Conv2d(3, c, 1))
+            model.add_module("block", LPB(c, 2 * c, c, 4))
+            model.input_multiple = 1
+        else:
+            raise SystemExit(f"no part {part!r}; expected dw_upsample, ghost_cheap or upsampling_block")
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.running_mean.normal_(0, 0.1)
             layer.running_var.uniform_(0.5, 1.5)
     return fastpose.set_fused(model.eval(), False)
+
+
+def is_operator(name: str) -> bool:
+    return name.startswith(("dw_upsample:", "ghost_cheap:"))
+
+
+def image_shape(name: str, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(channels, height, width) of the input of network or part `name`, of `size` for networks."""
+    if ":" not in name:
+        return (3, *size)
+    c, height, width = map(int, name.partition(":")[2].split("x"))
+    return (c if is_operator(name) else 3, height, width)
+
+
+def file_of(folder: str | Path, name: str) -> str:
+    """Files of network or part `name` begin so; converters make names of variables of it."""
+    return str(Path(folder) / name.replace(":", "_"))
 
 
 def all_of(outputs: Any) -> np.ndarray:
@@ -80,17 +119,31 @@ def all_of(outputs: Any) -> np.ndarray:
     return rows[0] if len(rows) == 1 else np.concatenate(rows, 1)
 
 
-def make_torch(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
+def operator(name: str, layer: Any) -> Callable[[Any], Any]:
+    """The operator in place of `layer`, with the layer's weights."""
+    from fastpose.layers import fold_batch_norm
+    from fastpose.ops import dw_upsample, ghost_cheap
+
+    layer = layer.cheap if name.startswith("ghost_cheap") else layer
+    bn = layer.bn
+    folded = fold_batch_norm(layer.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+    function = ghost_cheap if name.startswith("ghost_cheap") else dw_upsample
+    return lambda x: function(x, *folded, "relu")
+
+
+def make_torch(options: argparse.Namespace, x: np.ndarray) -> Callable[[], Any]:
     import torch
 
     import fastpose
 
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    competitor, script = options.serve, Path(options.folder) / f"{options.model}.script"
+    competitor, file = options.serve, file_of(options.folder, options.model)
     images = torch.from_numpy(x)
-    model = torch.jit.load(str(script)) if competitor == "exported" else build(options.model)
-    if competitor in PRECISION:
+    model = torch.jit.load(f"{file}.script") if competitor == "exported" else build(options.model)
+    if competitor in PRECISION and is_operator(options.model):
+        model = operator(options.model, model)
+    elif competitor in PRECISION:
         model = fastpose.optimize(model, precision=PRECISION[competitor])
     elif competitor != "exported":
         model = model.to(memory_format=torch.channels_last)
@@ -103,39 +156,39 @@ def make_torch(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.nd
         model = torch.compile(model, dynamic=False, options={"freezing": True})
     if competitor == "aotinductor":
         exported = torch.export.export(model, (images,))
-        package = f"{options.folder}/{options.model}_{len(x)}_{options.threads}.pt2"
+        package = f"{file}_{len(x)}_{options.threads}.pt2"
         model = torch._inductor.aoti_load_package(
             torch._inductor.aoti_compile_and_package(exported, package_path=package)
         )
-    return lambda: all_of(model(images))
+    return lambda: model(images)
 
 
-def fastest(calls: Sequence[Callable[[], np.ndarray]]) -> Callable[[], np.ndarray]:
+def fastest(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     """The one that takes least."""
     return min(calls, key=lambda call: min(timed(call) for _ in range(4))) if len(calls) > 1 else calls[0]
 
 
-def streams(runs: Sequence[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> Callable[[], np.ndarray]:
+def streams(runs: Sequence[Callable[[np.ndarray], Any]], x: np.ndarray) -> Callable[[], np.ndarray]:
     """Single images, shared out among `runs`, each in a thread of its own."""
     pool, shares = ThreadPoolExecutor(len(runs)), np.array_split(x, len(runs))
 
-    def share(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> list[np.ndarray]:
-        return [run(images[i : i + 1]) for i in range(len(images))]
+    def share(run: Callable[[np.ndarray], Any], images: np.ndarray) -> list[np.ndarray]:
+        return [all_of(run(images[i : i + 1])) for i in range(len(images))]
 
     return lambda: np.concatenate(list(itertools.chain(*pool.map(share, runs, shares))))
 
 
-def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
+def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[], Any]:
     import onnxruntime
 
-    def session(file: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    def session(file: str, threads: int) -> Callable[[np.ndarray], Any]:
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
         session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
-        return lambda images: all_of(session.run(None, {name: images}))
+        return lambda images: session.run(None, {name: images})
 
-    file = f"{options.folder}/{options.model}"
+    file = file_of(options.folder, options.model)
     whole = session(f"{file}_{len(x)}.onnx", options.threads)
     calls = [lambda: whole(x)]
     if len(x) > 1:
@@ -143,33 +196,35 @@ def make_onnxruntime(options: argparse.Namespace, x: np.ndarray) -> Callable[[],
     return fastest(calls)
 
 
-def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
+def make_openvino(options: argparse.Namespace, x: np.ndarray) -> Callable[[], Any]:
     import openvino
 
     precision = "bf16" if options.serve == "openvino bf16" else "f32"
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": options.threads}
     core = openvino.Core()
-    file = f"{options.folder}/{options.model}"
+    file = file_of(options.folder, options.model)
     whole = core.compile_model(f"{file}_{len(x)}.onnx", "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
     request = whole.create_infer_request()
-    calls = [lambda: all_of(list(request.infer({0: x}).values()))]
+    calls = [lambda: list(request.infer({0: x}).values())]
     if len(x) > 1:
         compiled = core.compile_model(f"{file}_1.onnx", "CPU", {**settings, "NUM_STREAMS": options.threads})
         requests = [compiled.create_infer_request() for _ in range(options.threads)]
-        calls.append(streams([lambda image, r=r: all_of(list(r.infer({0: image}).values())) for r in requests], x))
+        calls.append(streams([lambda image, r=r: list(r.infer({0: image}).values()) for r in requests], x))
     return fastest(calls)
 
 
-def make_ncnn(options: argparse.Namespace, x: np.ndarray) -> Callable[[], np.ndarray]:
+def make_ncnn(options: argparse.Namespace, x: np.ndarray) -> Callable[[], Any]:
     import ncnn
+
+    file = file_of(options.folder, options.model)
 
     def load(threads: int) -> Callable[[np.ndarray], np.ndarray]:
         net = ncnn.Net()
         net.opt.num_threads = threads
         net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
         net.opt.use_bf16_storage = options.serve == "ncnn bf16"
-        net.load_param(f"{options.folder}/{options.model}.ncnn.param")
-        net.load_model(f"{options.folder}/{options.model}.ncnn.bin")
+        net.load_param(f"{file}.ncnn.param")
+        net.load_model(f"{file}.ncnn.bin")
 
         def run(image: np.ndarray) -> np.ndarray:
             extractor = net.create_extractor()
@@ -203,7 +258,8 @@ def reason(problem: Exception) -> str:
 
 def serve(options: argparse.Namespace) -> None:
     """The process of one competitor: prepares, reports its largest difference, then times a block per line of input."""
-    x = np.random.default_rng(0).standard_normal((options.batch, 3, *options.size), dtype=np.float32)
+    shape = image_shape(options.model, options.size)
+    x = np.random.default_rng(0).standard_normal((options.batch, *shape), dtype=np.float32)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # converters print
     name = options.serve.removesuffix(" bf16")
@@ -214,9 +270,12 @@ def serve(options: argparse.Namespace) -> None:
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
         call = makers.get(name, make_torch)(options, x)
-        got = call()
+        if name not in makers:
+            mode = sys.modules["torch"].inference_mode()
+            mode.__enter__()  # for the rest of the process, so that what is timed is nothing but the call
+        got = all_of(call())
         most = memory("VmHWM") - before
-        expected = np.load(Path(options.folder) / f"{options.model}_{len(x)}.npy")
+        expected = np.load(f"{file_of(options.folder, options.model)}_{len(x)}.npy")
         error = float(np.abs(got - expected).max() / np.abs(expected).max())
         print(json.dumps({"error": error, "MB": most}), file=out, flush=True)
     except Exception as problem:  # a rival's failure is a row of the table
@@ -237,30 +296,36 @@ def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> dict
     import fastpose
 
     logging.disable(logging.WARNING)  # the exporter's, about what it works without
-    network, x = build(model), np.random.default_rng(0).standard_normal((batch, 3, *size), dtype=np.float32)
+    network, shape, start = build(model), image_shape(model, size), file_of(folder, model)
+    x = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
     whole, image, here = torch.from_numpy(x), torch.from_numpy(x[:1]), os.getcwd()
 
     def to_onnx(images: torch.Tensor) -> Callable[[Path], Any]:
         return lambda file: torch.onnx.export(network, (images,), str(file), dynamo=True, verbose=False)
 
     def to_script(file: Path) -> None:
-        torch.jit.save(torch.jit.script(fastpose.optimize(network, size)), str(file))
+        if is_operator(model):
+            fast = torch.jit.freeze(torch.jit.script(fastpose.set_fused(build(model), True)))
+        else:
+            fast = torch.jit.script(fastpose.optimize(network, shape[1:]))
+        torch.jit.save(fast, str(file))
 
     def to_ncnn(file: Path) -> None:
         import pnnx
 
         os.chdir(folder)  # it writes what else it makes into the current one
-        pnnx.export(network, str(folder / f"{model}.pt"), (image,), fp16=False)
+        pnnx.export(network, f"{start}.pt", (image,), fp16=False)
         os.chdir(here)
 
     failed: dict[str, str] = {}
-    for file, write, users in (
-        (folder / f"{model}_{batch}.npy", lambda file: np.save(file, all_of(network(whole))), ()),
-        (folder / f"{model}_{batch}.onnx", to_onnx(whole), ("onnxruntime", "openvino")),
-        (folder / f"{model}_1.onnx", to_onnx(image), ("onnxruntime", "openvino")),
-        (folder / f"{model}.script", to_script, ("exported",)),
-        (folder / f"{model}.ncnn.param", to_ncnn, ("ncnn",)),
+    for end, write, users in (
+        (f"_{batch}.npy", lambda file: np.save(file, all_of(network(whole))), ()),
+        (f"_{batch}.onnx", to_onnx(whole), ("onnxruntime", "openvino")),
+        ("_1.onnx", to_onnx(image), ("onnxruntime", "openvino")),
+        (".script", to_script, ("exported",)),
+        (".ncnn.param", to_ncnn, ("ncnn",)),
     ):
+        file = Path(start + end)
         try:
             if not file.is_file():  # it is there for another number of threads: making it can take minutes
                 with torch.no_grad():
@@ -341,7 +406,7 @@ def main() -> None:
     arguments.competitors += BF16 if arguments.bf16 else ()
     rows: list[dict[str, Any]] = []
     header = (
-        f"{'model':16}{'batch':>6}{'threads':>8}  {'competitor':15}{'ms':>9}{'x fastpose':>11}{'error':>9}{'MB':>8}"
+        f"{'model':26}{'batch':>6}{'threads':>8}  {'competitor':15}{'ms':>9}{'x fastpose':>11}{'error':>9}{'MB':>8}"
     )
     print(f"size {height}x{width}, load average {os.getloadavg()[0]:.2f}\n{header}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -350,12 +415,12 @@ def main() -> None:
                 for threads in map(int, arguments.threads.split(",")):
                     for row in run_case(arguments, model, threads, batch, Path(folder)):
                         rows.append({**row, "load": os.getloadavg()[0]})
-                        case = f"{row['model']:16}{row['batch']:>6}{row['threads']:>8}  {row['competitor']:15}"
+                        case = f"{row['model']:26}{row['batch']:>6}{row['threads']:>8}  {row['competitor']:15}"
                         if "failed" in row:
                             print(f"{case}  {row['failed']}", flush=True)
                         else:
                             print(
-                                f"{case}{row['ms']:>9.2f}{row['ratio']:>11.2f}{row['error']:>9.0e}{row['MB']:>8.1f}",
+                                f"{case}{row['ms']:>9.3f}{row['ratio']:>11.2f}{row['error']:>9.0e}{row['MB']:>8.1f}",
                                 flush=True,
                             )
     if arguments.json:
