@@ -290,7 +290,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> dict[str, str]:
-    """Write every competitor's file, see `files`, and the expected output; returns what failed, and why."""
+    """Write every competitor's file and the expected output; returns what failed, and why."""
     import torch
 
     import fastpose

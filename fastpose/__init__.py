@@ -15,6 +15,7 @@ from fastpose.pipeline import BoxError, PoseEstimator
 from fastpose.plan import NotOptimizable, Optimized, optimize
 from fastpose.poses import Poses
 from fastpose.skeletons import Skeleton, get_skeleton
+from fastpose.video import Video
 
 __all__ = [
     "BoxError",
@@ -22,6 +23,7 @@ __all__ = [
     "PoseEstimator",
     "Poses",
     "Skeleton",
+    "Video",
     "create_model",
     "get_skeleton",
     "NotOptimizable",

@@ -9,8 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastpose", description="Small and fast human pose estimation.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    p = commands.add_parser("predict", help="find people's keypoints in images")
-    p.add_argument("sources", nargs="+", metavar="SOURCE", help="image file, folder or glob pattern")
+    p = commands.add_parser("predict", help="find people's keypoints in images and videos")
+    p.add_argument("sources", nargs="+", metavar="SOURCE", help="image, video, folder of images or glob pattern")
     p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
     p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
     p.add_argument("--skeleton", help="the keypoints, for weights of others that do not tell, e.g. lsp14")
@@ -61,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", metavar="DIR", default="poses", help="folder for results (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="results file (default: DIR/poses.json)")
-    p.add_argument("--save-images", action="store_true", help="write drawn images too (a single image always is)")
+    p.add_argument(
+        "--save-images", action="store_true", help="write drawn images and videos too (a single one always is)"
+    )
     p.add_argument("--threshold", type=float, default=0.25, help="least keypoint score to draw (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
     p.add_argument(
@@ -176,9 +177,11 @@ def _load_data(options: argparse.Namespace, **more: Any) -> Any:
 def _predict(options: argparse.Namespace) -> int:
     from fastpose.boxes import read_boxes
     from fastpose.files import write_json
-    from fastpose.images import ImageError, find_images, read_image
+    from fastpose.images import find_images
     from fastpose.pipeline import PoseEstimator
+    from fastpose.predict import Drawings, File, Found, estimate_files
     from fastpose.stream import run_ahead
+    from fastpose.video import SUFFIXES, Video
 
     errors: list[dict[str, str]] = []
 
@@ -192,16 +195,23 @@ def _predict(options: argparse.Namespace) -> int:
             paths += find_images(source)
         except ValueError as error:
             report(source, error)
-    paths = list(dict.fromkeys(paths))
-    save_images, stems = options.save_images or len(paths) == 1, Counter(path.stem for path in paths)
-    boxes: list[Any] | None = None
-    if options.boxes:
-        by_name = read_boxes(options.boxes)
-        found = {path: by_name.get(str(path), by_name.get(path.name)) for path in paths}
-        for path in [path for path in paths if found[path] is None]:
-            report(path, f"{path}: not in {options.boxes}")
-        paths = [path for path in paths if found[path] is not None]
-        boxes = [found[path] for path in paths]
+    files: list[File] = []
+    boxes: list[Any] | None = [] if options.boxes else None
+    by_name = read_boxes(options.boxes) if options.boxes else {}
+    for path in dict.fromkeys(paths):
+        try:
+            is_video = path.suffix.lower() in SUFFIXES
+            if boxes is not None:
+                known = by_name.get(str(path), by_name.get(path.name))
+                if is_video:
+                    raise ValueError(f"{path}: a video cannot have --boxes, which are those of images")
+                if known is None:
+                    raise ValueError(f"{path}: not in {options.boxes}")
+                boxes.append(known)
+            files.append(Video(path) if is_video else path)
+        except ValueError as error:
+            report(path, error)
+    save_images = options.save_images or len(files) == 1
     estimator = PoseEstimator(
         options.model,
         options.weights,
@@ -212,50 +222,49 @@ def _predict(options: argparse.Namespace) -> int:
         flip_test=False if options.no_flip_test else None,
         skeleton=options.skeleton,
     )
-    if estimator.notice and paths and not options.quiet:
+    if estimator.notice and files and not options.quiet:
         print(f"fastpose: {estimator.notice}", file=sys.stderr)
 
-    inputs = len(paths) + len(errors)
+    inputs = len(files) + len(errors)
     output = Path(options.output)
     result = _coco_frame(options, estimator.skeleton, errors)
+    expected = sum(max(file.count, 1) if isinstance(file, Video) else 1 for file in files)
+    tell = not options.quiet and len(files) < 20
+    people_in_video: list[int] = []  # in each frame so far
 
-    def estimates() -> Iterator[tuple[int, Path, Any]]:
-        """Number, path and poses of the images that can be used; the others are reported."""
-        number = 0
-        for path, poses in zip(paths, estimator.stream(paths, boxes), strict=True):
-            progress.update()
-            if isinstance(poses, ValueError):
-                report(path, poses if isinstance(poses, ImageError) else f"{path}: {poses}")
-                continue
-            number += 1
-            yield number, path, poses
+    def add(found: Found) -> None:
+        if found.poses is None:
+            if tell:
+                tqdm.write(f"{found.path}: {found.frame} frames, {sum(people_in_video)} poses")
+            people_in_video.clear()
+            return
+        height, width = found.poses.image_size
+        number = len(result["images"]) + 1
+        image = {"id": number, "file_name": str(found.path), "width": width, "height": height}
+        result["images"].append(image if found.frame is None else {**image, "frame": found.frame})
+        for annotation in found.poses.to_coco(number):
+            annotation["id"] = len(result["annotations"]) + 1
+            result["annotations"].append(annotation)
+        people = len(found.poses)
+        if found.frame is not None:
+            people_in_video.append(people)
+        elif tell:
+            best = f", best score {found.poses.scores.max():.2f}" if people else ""
+            tqdm.write(f"{found.path}: {people} {'person' if people == 1 else 'people'}{best}")
 
-    def draw(item: tuple[int, Path, Any]) -> tuple[int, Path, Any]:
-        number, path, poses = item
-        if save_images:
-            name = f"{path.stem}_pose.png" if stems[path.stem] == 1 else f"{number:06d}_{path.stem}_pose.png"
-            try:  # read again: images are not kept until their batch is done
-                poses.save(output / name, read_image(path), options.threshold)
-            except ImageError as error:
-                report(path, f"not drawn: {error}")
-        return item
-
-    with tqdm(total=len(paths), unit="image", disable=options.quiet or len(paths) < 20) as progress:
-        for number, path, poses in run_ahead(draw, estimates(), DRAWN_BEHIND if save_images else 0):
-            height, width = poses.image_size
-            result["images"].append({"id": number, "file_name": str(path), "width": width, "height": height})
-            for annotation in poses.to_coco(number):
-                annotation["id"] = len(result["annotations"]) + 1
-                result["annotations"].append(annotation)
-            if not options.quiet and len(paths) < 20:
-                best = f", best score {poses.scores.max():.2f}" if len(poses) else ""
-                print(f"{path}: {len(poses)} {'person' if len(poses) == 1 else 'people'}{best}")
+    with (
+        tqdm(total=expected, unit="image", disable=options.quiet or expected < 20) as progress,
+        Drawings(output, files, options.threshold, report) as drawings,
+    ):
+        everything = estimate_files(estimator, files, boxes, report, progress.update)
+        for found in run_ahead(drawings.draw, everything, DRAWN_BEHIND) if save_images else everything:
+            add(found)
 
     json_path = Path(options.json) if options.json else output / "poses.json"
     if result["images"] or not errors:
         write_json(json_path, result)
         if not options.quiet:
-            drawn = f", drawn images in {output}/" if save_images else ""
+            drawn = f", drawn in {output}/" if save_images else ""
             print(f"{len(result['annotations'])} poses in {len(result['images'])} images -> {json_path}{drawn}")
     if errors:
         print(f"fastpose: {len(errors)} of {inputs} inputs failed", file=sys.stderr)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpose import images
+from fastpose import images, predict
 from fastpose.checkpoints import read_info
 from fastpose.cli import main
 from fastpose.models import create_model
@@ -72,6 +72,7 @@ def test_an_image_that_vanishes_before_it_is_drawn(folder, monkeypatch, capsys):
         return read(path, *arguments)
 
     monkeypatch.setattr(images, "read_image", read_once)
+    monkeypatch.setattr(predict, "read_image", read_once)
     arguments = ["predict", str(folder / "in"), "--detector", "none", "--save-images", "--output", str(folder / "out")]
     assert main(arguments) == 2
     said = capsys.readouterr().err

@@ -13,10 +13,10 @@ LEVEL = {
     "grouping": 0, "distributed": 0, "stream": 0,
     "layers": 1, "counting": 1, "codecs": 1, "metrics": 1, "average_precision": 1, "poses": 1, "images": 1, "boxes": 1,
     "graphs": 2, "preprocess": 2, "plan": 3,
-    "data": 2, "checkpoints": 2, "draw": 2, "detect": 2,
+    "data": 2, "checkpoints": 2, "draw": 2, "detect": 2, "video": 2,
     "models": 3, "scoring": 3, "sheets": 3,
     "pipeline": 4, "export": 4, "zoo": 4, "training": 4,
-    "evaluate": 5, "info": 5,
+    "evaluate": 5, "info": 5, "predict": 5,
     "train": 6,
     "cli": 7,
 }  # fmt: skip

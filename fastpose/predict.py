@@ -1,0 +1,125 @@
+"""Poses in files: images and videos in, poses and drawings out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastpose.images import Array, ImageError, read_image
+from fastpose.pipeline import PoseEstimator
+from fastpose.poses import Poses
+from fastpose.video import Video, write_video
+
+File = Path | Video
+Report = Callable[[Path, str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The poses in an image, or in frame number `frame`, from 0, of a video, whose pixels are `pixels`.
+
+    A video ends with an entry without poses; its `frame` is the number of frames.
+    """
+
+    path: Path
+    frame: int | None = None
+    pixels: Array | None = None
+    poses: Poses | None = None
+
+
+def estimate_files(
+    estimator: PoseEstimator,
+    files: Sequence[File],
+    boxes: Sequence[Any] | None,
+    report: Report,
+    advance: Callable[[], object],
+) -> Iterator[Found]:
+    """What is found in `files`, in order.
+
+    `boxes`: one entry per file, for images only. `report` is told of what cannot be used, `advance` is called for every
+    image and frame.
+    """
+    asked: deque[Found] = deque()  # not answered yet
+
+    def images() -> Iterator[Path | Array]:
+        for file in files:
+            if isinstance(file, Video):
+                frame = -1
+                for frame, pixels in enumerate(file):
+                    asked.append(Found(file.path, frame, pixels))
+                    yield pixels
+                asked.append(Found(file.path, frame + 1))
+                if frame + 1 < 0.9 * file.count:  # which is an estimate in some formats
+                    report(file.path, f"{file.path}: only {frame + 1} of {file.count} frames can be decoded")
+            else:
+                asked.append(Found(file))
+                yield file
+
+    def ends() -> Iterator[Found]:
+        while asked and asked[0].frame is not None and asked[0].pixels is None:
+            yield asked.popleft()
+
+    # of a list the estimator knows the length, and treats all of it alike
+    given: Any = images() if any(isinstance(file, Video) for file in files) else list(images())
+    for poses in estimator.stream(given, boxes):
+        yield from ends()
+        item = asked.popleft()
+        advance()
+        if isinstance(poses, Poses):
+            yield replace(item, poses=poses)
+        else:
+            where = item.path if item.frame is None else f"{item.path}, frame {item.frame}"
+            report(item.path, str(poses) if isinstance(poses, ImageError) else f"{where}: {poses}")
+    yield from ends()
+
+
+class Drawings:
+    """Pictures and videos with skeletons, written to `folder`: ``a_pose.png``, ``clip_pose.mp4``.
+
+    Use as a context; what is not complete at its end is not there.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[File], threshold: float, report: Report) -> None:
+        self.folder, self.threshold, self.report = folder, threshold, report
+        paths = [file.path if isinstance(file, Video) else file for file in files]
+        same = Counter(path.stem for path in paths)
+        self.names = {p: p.stem if same[p.stem] == 1 else f"{i:06d}_{p.stem}" for i, p in enumerate(paths, 1)}
+        self.videos = {file.path: file for file in files if isinstance(file, Video)}
+        self.open = contextlib.ExitStack()
+        self.add: Callable[[Array], None] | None = None
+
+    def __enter__(self) -> Drawings:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.open.__exit__(*error)
+
+    def draw(self, found: Found) -> Found:
+        """Draw one after the other, in the order in which they are found; returns `found`."""
+        name = f"{self.names[found.path]}_pose"
+        if found.path in self.videos:
+            self._draw_frame(found, self.folder / f"{name}.mp4")
+        elif found.poses is not None:
+            try:  # read again: images are not kept until their batch is done
+                found.poses.save(self.folder / f"{name}.png", read_image(found.path), self.threshold)
+            except ImageError as error:
+                self.report(found.path, f"not drawn: {error}")
+        return replace(found, pixels=None)
+
+    def _draw_frame(self, found: Found, path: Path) -> None:
+        if self.add is None:
+            video = self.videos[found.path]
+            self.add = self.open.enter_context(write_video(path, video.fps, video.size))
+        if found.poses is None:
+            self.open.close()
+            self.add = None
+        elif found.pixels is not None:
+            try:
+                self.add(found.poses.draw(found.pixels, self.threshold))
+            except ValueError as error:
+                self.report(found.path, f"not drawn from frame {found.frame} on: {error}")
+                self.add = lambda pixels: None
