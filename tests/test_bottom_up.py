@@ -46,9 +46,9 @@ def test_targets_equal_the_loop():
     assert np.allclose(heatmaps, expected, atol=1e-12) and int(index[0, 0, 0]) == -1 and int(index[0, 0, 1]) == 15
 
 
-@pytest.mark.parametrize("background", [1.0, 0.1])
-def test_losses_equal_the_loop(background):
-    codec = replace(CODEC, background=background)
+@pytest.mark.parametrize(("background", "position"), [(1.0, 0.0), (0.1, 0.0), (0.1, 0.05)])
+def test_losses_equal_the_loop(background, position):
+    codec = replace(CODEC, background=background, position=position)
     points, valid = people()
     valid[1, 1:] = False  # one person
     outputs = [torch.randn(2, 6, 16, 16, dtype=torch.float64), torch.randn(2, 3, 32, 32, dtype=torch.float64)]
@@ -64,6 +64,14 @@ def test_losses_equal_the_loop(background):
         squared = (output[:, :3] - target) ** 2 * (weight + background * (1 - weight))
         squared[:, :, : 32 // stride, : 16 // stride] = 0
         expected += float(squared.mean().detach())
+        entropies, counts = [], torch.ones(target.shape[2:], dtype=torch.bool)
+        counts[: 32 // stride, : 16 // stride] = False
+        for b, k in np.ndindex(2, 3):
+            wanted, got = target[b, k][counts], 10 * output[b, k].detach()[counts]
+            if wanted.sum() > 0:
+                entropies.append(float(-(wanted / wanted.sum() * got.log_softmax(0)).sum()))
+        assert len(entropies) > 2
+        expected += position * float(np.mean(entropies))
         if stride == 4:
             first = index
     assert math.isclose(heatmap.item(), expected, rel_tol=1e-12)
@@ -85,6 +93,8 @@ def test_losses_equal_the_loop(background):
     assert all(o.grad.isfinite().all() for o in outputs)
     with pytest.raises(ValueError, match=r"mask must be \[B, 64, 64\], got \[2, 9, 9\]"):
         codec.losses(outputs, points, valid, mask[:, :9, :9])
+    with pytest.raises(ValueError, match="background must not be negative, got -0.1"):
+        replace(CODEC, background=-0.1)
 
 
 def test_nobody_to_train_on():
@@ -93,7 +103,7 @@ def test_nobody_to_train_on():
         (torch.full((2, 4, 3, 2), torch.nan), torch.zeros(2, 4, 3, dtype=torch.bool)),
         (torch.zeros(2, 0, 3, 2), torch.zeros(2, 0, 3, dtype=torch.bool)),
     ):
-        heatmap, push, pull = CODEC.losses(outputs, points, valid)
+        heatmap, push, pull = replace(CODEC, position=1.0).losses(outputs, points, valid)
         assert math.isclose(heatmap.item(), float(outputs[0][:, :3].detach().square().mean()), rel_tol=1e-5)
         assert push.item() == 0 and pull.item() == 0
     CODEC.loss(outputs, points, valid).backward()

@@ -30,6 +30,8 @@ from fastpose.geometry import whole_image_matrix
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize
 from fastpose.skeletons import COCO17, LSP14
+from fastpose.training.samples import load_split, make_dataset, open_store
+from fastpose.training.settings import Stage, TrainConfig
 from tests import datasets
 from tests.test_train import same_run
 
@@ -246,6 +248,20 @@ def test_training_on_mosaics_and_going_on(tmp_path, metric, monkeypatch):
     same_run(tmp_path / "whole", tmp_path / "part")
 
 
+def test_stages_have_scenes_of_their_own(tmp_path):
+    config = TrainConfig(
+        data=str(write_lsp(tmp_path / "lsp")),
+        output=str(tmp_path),
+        model="hrnet_w32_ae",
+        dataset="lsp",
+        mosaic=4,
+        stages=(Stage((64, 64), 1, 2, mosaic=1), Stage((96, 64), 1, 2)),
+    )
+    store = open_store(config, load_split(config, "train"))
+    most = [max(len(make_dataset(config, store, s, 0)[i][1]) for i in range(20)) for s in config.stages]
+    assert most == [1, 4]
+
+
 class Finder:
     """A bottom-up network that finds everybody in every image, the first person of each moved by `error` pixels."""
 
@@ -287,6 +303,10 @@ def test_what_does_not_go_together(tmp_path, capsys):
     for settings, message in (
         (["model=hrnet_w32_ae"], "train on mosaics of its people, e.g. mosaic=4"),
         (["mosaic=4"], "mosaic must be a number of people, for bottom-up networks only, got 4"),
+        (
+            ["model=hrnet_w32_ae", "stages=[{size=[64,64],epochs=1,mosaic=1}]"],
+            "a stage's mosaic must be a number of people, in runs with mosaics only",
+        ),
         (["model=hrnet_w32_ae", "metric=PCKh@0.5", "mosaic=2"], "by AP or PCK@0.2, not by PCKh@0.5"),
         (["model=hrnet_w32_ae", "codec.type=udp"], "bottom-up network, for which codec 'udp' is not made"),
     ):

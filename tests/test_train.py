@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import fastpose
 from fastpose import create_model
@@ -115,6 +116,25 @@ def test_batches_cover_every_person_and_resume():
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(b) for b in whole]
     with pytest.raises(ValueError, match="batch_size 11 is larger than the data set"):
         ResumableBatches(10, 11, 1, 0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_dense_convolutions_as_matrices(layout):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 12, 3, groups=12), nn.Conv2d(12, 9, 1))
+    model = model.to(memory_format=layout)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = Optimizer(model, TrainConfig(data="", output="", optimizer="muon", clip=0), torch.device("cpu"))
+    assert [m.shape for m in optimizer.matrices] == [(12, 8, 3, 3), (9, 12, 1, 1)]
+    optimizer.backward(model(torch.randn(2, 3, 12, 12)).square().mean())
+    assert optimizer.step(1.0)
+    for i, (p, old) in enumerate(zip(model.parameters(), before, strict=True)):
+        assert not torch.equal(p, old)
+        if i in (2, 6):  # what Muon does to the matrix itself
+            order = (0, 2, 3, 1) if layout == torch.channels_last else (0, 1, 2, 3)
+            matrix = nn.Parameter(old.permute(order).flatten(1))
+            matrix.grad = p.grad.permute(order).flatten(1)
+            torch.optim.Muon([matrix], lr=0.02, weight_decay=0.02).step()
+            assert torch.allclose(p.detach().permute(order).flatten(1), matrix, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ class AssociativeEmbeddingCodec:
         background: weight of the cells that no Gaussian reaches in the heatmaps' loss. HigherHRNet has 1; with 0.1, as
             in DEKR (Z. Geng et al., CVPR 2021), short trainings do not stay where every heatmap is zero, and the
             heatmaps of a trained network are higher: raise `detection_threshold`, to 0.3 or so.
+        position: weight of `position_loss` on the heatmaps, 0 in HigherHRNet. Squared differences hardly move a network
+            that is new, since zero everywhere is nearly right; this does.
         max_people, detection_threshold, tag_threshold, window, refine: of `fastpose.grouping.group_people`.
     """
 
@@ -44,6 +46,7 @@ class AssociativeEmbeddingCodec:
     push: float = 1e-3
     pull: float = 1e-3
     background: float = 1.0
+    position: float = 0.0
     max_people: int = 30
     detection_threshold: float = 0.1
     tag_threshold: float = 1.0
@@ -52,7 +55,7 @@ class AssociativeEmbeddingCodec:
     type: str = field(default="associative", init=False)
 
     def __post_init__(self) -> None:
-        for name in ("push", "pull", "background"):
+        for name in ("push", "pull", "background", "position"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -91,7 +94,7 @@ class AssociativeEmbeddingCodec:
         """Losses on heatmaps and tags, averaged over the batch.
 
         * Heatmaps: mean squared difference over all cells and keypoints, summed over the resolutions; cells where the
-          target is 0 count by the factor `background`.
+          target is 0 count by the factor `background`. With `position`, so many times `position_loss` are added.
         * Push: ``sum over n != m of exp(-(t_n - t_m)^2) / (2 N (N - 1))`` of the mean tags t_n of an image's N people
           with at least one keypoint; 0 for fewer than two. (mmpose also adds the terms n = m, a constant.)
         * Pull: mean over people of the mean squared difference of their keypoints' tags to t_n.
@@ -112,12 +115,15 @@ class AssociativeEmbeddingCodec:
             squared = (output[:, :k] - target) ** 2
             if self.background != 1.0:
                 squared = torch.where(target > 0, squared, self.background * squared)
+            counts = None
             if mask is not None:
                 if mask.shape[1:] != (height, width):
                     raise ValueError(f"mask must be [B, {height}, {width}], got {list(mask.shape)}")
-                share = F.adaptive_avg_pool2d(mask.to(output.dtype).unsqueeze(1), size)
-                squared = squared * (share > 0.5)
+                counts = F.adaptive_avg_pool2d(mask.to(output.dtype).unsqueeze(1), size) > 0.5
+                squared = squared * counts
             heatmap_loss = heatmap_loss + squared.sum() / max(squared.numel(), 1)
+            if self.position:
+                heatmap_loss = heatmap_loss + self.position * position_loss(output[:, :k], target, counts)
         push, pull = tag_losses(outputs[0][:, k:], first_index)
         return heatmap_loss, push, pull
 
@@ -176,6 +182,23 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if (maps.shape[2], maps.shape[3]) == size:
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def position_loss(heatmaps: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
+    """How badly heatmaps [B, K, H, W] tell where the peaks of `targets` are, whatever their height; a scalar.
+
+    The cross-entropy of the softmax over the cells of ten times the heatmap with the target scaled to sum 1; the mean
+    over the heatmaps whose target is not 0 everywhere, 0 if there are none. Cells where `counts`, bool [B, 1, H, W], is
+    false are left out.
+    """
+    logits = 10 * heatmaps
+    if counts is not None:
+        targets, logits = targets * counts, logits.masked_fill(~counts, -1e4)
+    total = targets.sum((2, 3))
+    expected = (logits * targets).sum((2, 3)) / total.clamp(min=1e-6)
+    entropy = torch.logsumexp(logits.flatten(2), 2) - expected
+    there = (total > 0).to(entropy.dtype)
+    return (entropy * there).sum() / there.sum().clamp(min=1)
 
 
 def tag_losses(tags: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

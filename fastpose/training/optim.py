@@ -56,9 +56,10 @@ class Optimizer:
         self.clip = config.clip or math.inf
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # Muon takes matrices only: 2-D parameters that share storage with the [O, I, 1, 1] weights
-        self.matrices = [p for p in self.parameters if config.optimizer == "muon" and _is_dense_1x1(p)]
-        self.views = [nn.Parameter(p.detach().view(p.shape[0], p.shape[1])) for p in self.matrices]
+        # Muon takes matrices only: 2-D parameters that share storage with the [O, I, k, k] weights
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and config.optimizer == "muon"]
+        self.matrices = [m.weight for m in convolutions if m.weight.requires_grad and _is_dense(m)]
+        self.views = [nn.Parameter(_flat(p, p.detach())) for p in self.matrices]
         taken = {id(p) for p in self.matrices}
         others = [p for p in self.parameters if id(p) not in taken]
         groups: list[dict[str, Any]] = [
@@ -90,7 +91,7 @@ class Optimizer:
         With float16 that happens now and then, until the scale is small enough.
         """
         for p, view in zip(self.matrices, self.views, strict=True):
-            view.grad = None if p.grad is None else p.grad.view(view.shape)
+            view.grad = None if p.grad is None else _flat(p, p.grad)
         for part in self.parts:
             self.scaler.unscale_(part)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -117,8 +118,15 @@ class Optimizer:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def _is_dense_1x1(p: Tensor) -> bool:
-    return p.dim() == 4 and p.shape[2:] == (1, 1) and min(p.shape[:2]) >= 8
+def _is_dense(conv: nn.Conv2d) -> bool:
+    return conv.groups == 1 and min(conv.weight.shape[:2]) >= 8
+
+
+def _flat(weight: Tensor, values: Tensor) -> Tensor:
+    """`values`, shaped like a convolution's `weight`, as a matrix [O, I * k * k], columns in the weight's order."""
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        values = values.permute(0, 2, 3, 1)
+    return values.reshape(values.shape[0], -1)
 
 
 class Average:

@@ -39,7 +39,7 @@ def make_dataset(config: TrainConfig, store: Store, stage: Stage, seed: int) -> 
     """Samples of an image and the arguments of the codec's loss."""
     codec = config.codec
     if isinstance(codec, AssociativeEmbeddingCodec):
-        scenes = store if isinstance(store, SceneStore) else Mosaics(store, stage.size, config.mosaic)
+        scenes = store if isinstance(store, SceneStore) else Mosaics(store, stage.size, stage.mosaic or config.mosaic)
         return SceneDataset(scenes, stage.size, config.augment, seed, codec.max_people)
     assert isinstance(codec, HeatmapCodec) and isinstance(store, CropStore)
     return CropDataset(store, stage.size, config.augment, seed, codec.convention)

@@ -17,11 +17,15 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the schedule at one input size: `size` (height, width), `epochs`, `batch_size`."""
+    """A part of the schedule at one input size: `size` (height, width), `epochs`, `batch_size`.
+
+    mosaic: most people in a scene, if not the number of the whole run.
+    """
 
     size: tuple[int, int]
     epochs: float
     batch_size: int = 32
+    mosaic: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class TrainConfig:
         options: fields of the network's config dataclass that differ from its default.
         metric: decides which weights are the best: "PCK@0.2", "PCKh@0.5" or "AP"; empty: as usual for the data set.
         stages: run one after the other under one learning rate schedule. Default: 210 epochs at the network's size.
-        optimizer: ``"adamw"`` (betas 0.9, 0.99); ``"muon"``: Muon for the weights of dense 1x1 convolutions, AdamW for
+        optimizer: ``"adamw"`` (betas 0.9, 0.99); ``"muon"``: Muon for the weights of dense convolutions, AdamW for
             the rest; ``"adam"`` (betas 0.9, 0.999), whose weight decay is a part of the gradient; ``"sgd"`` with
             `momentum`.
         lr: peak learning rate; muon_lr: of Muon. Linear warm-up over the fraction `warmup` of all steps, or, if it is 1
@@ -135,6 +139,8 @@ class TrainConfig:
         for stage in self.stages:
             if min(stage.size) < 1 or stage.epochs <= 0 or stage.batch_size < 1:
                 raise ValueError(f"stages need a positive size, number of epochs and batch_size, got {stage}")
+            if stage.mosaic < 0 or (stage.mosaic and not self.mosaic):
+                raise ValueError(f"a stage's mosaic must be a number of people, in runs with mosaics only, got {stage}")
         for name in ("lr", "muon_lr", "warmup", "clip", "weight_decay", "gamma", "momentum"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
