@@ -23,6 +23,8 @@ from fastpose.config import from_dict
 from fastpose.files import write_atomically
 from fastpose.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_dict
 
+SCALE = ":scale"  # end of the names of numbers that int8 weights are multiplied by
+
 # model name -> file in fastpose/weights
 DEFAULT_WEIGHTS = {
     "mobileposenet": "mobileposenet_lspet.safetensors",
@@ -179,11 +181,22 @@ def describe_weights(checkpoint: Checkpoint, name: str = "auto", skeleton: str |
 def save_weights(
     path: str | Path, state: dict[str, Tensor], info: WeightsInfo, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write `state` (floating-point tensors as `dtype`) and `info` to `path`, atomically."""
+    """Write `state` (floating-point tensors as `dtype`) and `info` to `path`, atomically.
+
+    With int8 each row of a dense convolution's weight is written as integers and the number to multiply them by, the
+    rest as float16.
+    """
     tensors = {}
     for key, value in state.items():
         value = value.detach().cpu().contiguous()
-        tensors[key] = value.to(dtype) if value.is_floating_point() else value
+        if dtype == torch.int8 and value.dim() == 4 and value.shape[1] > 1 and value[0].numel() >= 16:
+            scale = value.float().abs().amax((1, 2, 3), keepdim=True) / 127
+            tensors[key] = (value.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+            tensors[key + SCALE] = scale
+        elif value.is_floating_point():
+            tensors[key] = value.to(torch.float16 if dtype == torch.int8 else dtype)
+        else:
+            tensors[key] = value
     metadata = {"fastpose": json.dumps(dataclasses.asdict(info))}
     write_atomically(path, lambda p: p.write_bytes(save(tensors, metadata)))
 
@@ -280,9 +293,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, (file.metadata() or {}).get("fastpose")
+            metadata = (file.metadata() or {}).get("fastpose")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    for key in [k for k in tensors if k.endswith(SCALE) and metadata is not None]:
+        scale, name = tensors.pop(key), key.removesuffix(SCALE)
+        if name not in tensors or tensors[name].shape[:1] != scale.shape[:1]:
+            raise ValueError(f"{path}: damaged: {key!r} belongs to no tensor of {scale.shape[0]} rows")
+        tensors[name] = tensors[name].float() * scale
+    return tensors, metadata
 
 
 def _read_pytorch(path: Path) -> dict[str, Tensor]:

@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         default="torchscript",
         help="a program (default), or the weights in 16 bits with what must be known about them, from any checkpoint",
     )
+    p.add_argument("--bits", type=int, choices=(8, 16), help="of safetensors (default: 16); 8: dense convolutions only")
     p.add_argument("--model", default="mobileposenet")
     p.add_argument("--weights", default="default")
     p.add_argument("--fused", action="store_true", help="use fastpose's kernels; the file then needs fastpose to load")
@@ -397,9 +398,12 @@ def _export(options: argparse.Namespace) -> int:
     if options.format == "safetensors":
         if options.fused:
             raise ValueError("--fused is about programs; weights are the same for all paths")
-        export_weights(model, options.output, describe_weights(checkpoint, options.model))
-        print(f"{options.output}: float16 weights for create_model and PoseEstimator")
+        bits = options.bits or 16
+        export_weights(model, options.output, describe_weights(checkpoint, options.model), bits)
+        print(f"{options.output}: weights of {bits} bits for create_model and PoseEstimator")
         return 0
+    if options.bits:
+        raise ValueError("--bits is about weights: --format safetensors")
     name, _, _ = find_architecture(checkpoint, options.model)
     size = model_entry(name).input_size if info is None else info.input_size
     worst = export_torchscript(model, options.output, size, options.fused)

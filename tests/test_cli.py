@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fastpose import images, predict
 from fastpose.checkpoints import read_info
@@ -186,6 +188,29 @@ def test_export_of_weights(tmp_path, capsys):
     target.unlink()
     assert main(arguments) == 2 and not target.exists()
     assert f"{key} has numbers that float16 cannot hold, up to 1e+06" in capsys.readouterr().err
+
+
+def test_export_of_weights_in_8_bits(tmp_path, capsys):
+    network, source, target = create_model("mobileposenet"), tmp_path / "w.pth", tmp_path / "w8.safetensors"
+    with torch.no_grad():
+        network.head.weight[3] = 0  # nothing to scale
+    torch.save(network.state_dict(), source)
+    arguments = ["export", "--model", "mobileposenet", "--weights", str(source), "--bits", "8", str(target)]
+    assert main(arguments) == 2 and "--bits is about weights: --format safetensors" in capsys.readouterr().err
+    assert main([*arguments, "--format", "safetensors"]) == 0
+    assert target.stat().st_size < 0.31 * source.stat().st_size
+    state, again = network.state_dict(), create_model("auto", weights=target).state_dict()
+    for key, value in state.items():
+        if value.dim() == 4 and value.shape[1] > 1:
+            step = value.abs().amax((1, 2, 3), keepdim=True) / 127
+            assert ((again[key] - value).abs() <= 0.501 * step).all() and not torch.equal(again[key], value)
+        elif value.is_floating_point():
+            assert torch.equal(again[key], value.half().float())
+    tensors = load_file(target)
+    tensors["none.weight:scale"] = tensors.pop("head.weight:scale")
+    save_file(tensors, target, safe_open(target, "pt").metadata())
+    with pytest.raises(ValueError, match="damaged: 'none.weight:scale' belongs to no tensor of 17 rows"):
+        create_model("auto", weights=target)
 
 
 def test_export_of_a_checkpoint_of_others(tmp_path):
