@@ -28,6 +28,7 @@ SCALE = ":scale"  # end of the names of numbers that int8 weights are multiplied
 # model name -> file in fastpose/weights
 DEFAULT_WEIGHTS = {
     "mobileposenet": "mobileposenet_lspet.safetensors",
+    "hr_litenet": "hr_litenet_lspet.safetensors",
     "lite_csw_hrnet": "lite_csw_hrnet_lspet.safetensors",
 }
 
