@@ -36,8 +36,8 @@ class AssociativeEmbeddingCodec:
         background: weight of the cells that no Gaussian reaches in the heatmaps' loss. HigherHRNet has 1; with 0.1, as
             in DEKR (Z. Geng et al., CVPR 2021), short trainings do not stay where every heatmap is zero, and the
             heatmaps of a trained network are higher: raise `detection_threshold`, to 0.3 or so.
-        position: weight of `position_loss` on the heatmaps, 0 in HigherHRNet. Squared differences hardly move a network
-            that is new, since zero everywhere is nearly right; this does.
+        position: weight of `position_loss` on the heatmaps, 0 in HigherHRNet. Of squared differences a new network
+            learns slowly where peaks are, since zero everywhere is nearly right.
         max_people, detection_threshold, tag_threshold, window, refine: of `fastpose.grouping.group_people`.
     """
 
