@@ -98,12 +98,13 @@ def is_operator(name: str) -> bool:
     return name.startswith(("dw_upsample:", "ghost_cheap:"))
 
 
-def image_shape(name: str, size: tuple[int, int]) -> tuple[int, int, int]:
-    """(channels, height, width) of the input of network or part `name`, of `size` for networks."""
-    if ":" not in name:
-        return (3, *size)
-    c, height, width = map(int, name.partition(":")[2].split("x"))
-    return (c if is_operator(name) else 3, height, width)
+def images_for(name: str, batch: int, size: tuple[int, int]) -> np.ndarray:
+    """The input of network or part `name`, of `size` for networks; the same in every process."""
+    channels = 3
+    if ":" in name:
+        c, *size = map(int, name.partition(":")[2].split("x"))
+        channels = c if is_operator(name) else 3
+    return np.random.default_rng(0).standard_normal((batch, channels, *size), dtype=np.float32)
 
 
 def file_of(folder: str | Path, name: str) -> str:
@@ -258,8 +259,7 @@ def reason(problem: Exception) -> str:
 
 def serve(options: argparse.Namespace) -> None:
     """The process of one competitor: prepares, reports its largest difference, then times a block per line of input."""
-    shape = image_shape(options.model, options.size)
-    x = np.random.default_rng(0).standard_normal((options.batch, *shape), dtype=np.float32)
+    x = images_for(options.model, options.batch, options.size)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # converters print
     name = options.serve.removesuffix(" bf16")
@@ -296,8 +296,7 @@ def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> dict
     import fastpose
 
     logging.disable(logging.WARNING)  # the exporter's, about what it works without
-    network, shape, start = build(model), image_shape(model, size), file_of(folder, model)
-    x = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
+    network, x, start = build(model), images_for(model, batch, size), file_of(folder, model)
     whole, image, here = torch.from_numpy(x), torch.from_numpy(x[:1]), os.getcwd()
 
     def to_onnx(images: torch.Tensor) -> Callable[[Path], Any]:
@@ -307,7 +306,7 @@ def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> dict
         if is_operator(model):
             fast = torch.jit.freeze(torch.jit.script(fastpose.set_fused(build(model), True)))
         else:
-            fast = torch.jit.script(fastpose.optimize(network, shape[1:]))
+            fast = torch.jit.script(fastpose.optimize(network, x.shape[2:]))
         torch.jit.save(fast, str(file))
 
     def to_ncnn(file: Path) -> None:

@@ -180,7 +180,7 @@ def _predict(options: argparse.Namespace) -> int:
     from fastpose.files import write_json
     from fastpose.images import find_images
     from fastpose.pipeline import PoseEstimator
-    from fastpose.predict import Drawings, File, Found, estimate_files
+    from fastpose.predict import Drawings, File, estimate_files
     from fastpose.stream import run_ahead
     from fastpose.video import SUFFIXES, Video
 
@@ -231,27 +231,7 @@ def _predict(options: argparse.Namespace) -> int:
     result = _coco_frame(options, estimator.skeleton, errors)
     expected = sum(max(file.count, 1) if isinstance(file, Video) else 1 for file in files)
     tell = not options.quiet and len(files) < 20
-    people_in_video: list[int] = []  # in each frame so far
-
-    def add(found: Found) -> None:
-        if found.poses is None:
-            if tell:
-                tqdm.write(f"{found.path}: {found.frame} frames, {sum(people_in_video)} poses")
-            people_in_video.clear()
-            return
-        height, width = found.poses.image_size
-        number = len(result["images"]) + 1
-        image = {"id": number, "file_name": str(found.path), "width": width, "height": height}
-        result["images"].append(image if found.frame is None else {**image, "frame": found.frame})
-        for annotation in found.poses.to_coco(number):
-            annotation["id"] = len(result["annotations"]) + 1
-            result["annotations"].append(annotation)
-        people = len(found.poses)
-        if found.frame is not None:
-            people_in_video.append(people)
-        elif tell:
-            best = f", best score {found.poses.scores.max():.2f}" if people else ""
-            tqdm.write(f"{found.path}: {people} {'person' if people == 1 else 'people'}{best}")
+    of_video = 0  # poses so far
 
     with (
         tqdm(total=expected, unit="image", disable=options.quiet or expected < 20) as progress,
@@ -259,7 +239,23 @@ def _predict(options: argparse.Namespace) -> int:
     ):
         everything = estimate_files(estimator, files, boxes, report, progress.update)
         for found in run_ahead(drawings.draw, everything, DRAWN_BEHIND) if save_images else everything:
-            add(found)
+            if found.poses is None:
+                if tell:
+                    tqdm.write(f"{found.path}: {found.frame} frames, {of_video} poses")
+                of_video = 0
+                continue
+            height, width = found.poses.image_size
+            number, people = len(result["images"]) + 1, len(found.poses)
+            image = {"id": number, "file_name": str(found.path), "width": width, "height": height}
+            result["images"].append(image if found.frame is None else {**image, "frame": found.frame})
+            for annotation in found.poses.to_coco(number):
+                annotation["id"] = len(result["annotations"]) + 1
+                result["annotations"].append(annotation)
+            if found.frame is not None:
+                of_video += people
+            elif tell:
+                best = f", best score {found.poses.scores.max():.2f}" if people else ""
+                tqdm.write(f"{found.path}: {people} {'person' if people == 1 else 'people'}{best}")
 
     json_path = Path(options.json) if options.json else output / "poses.json"
     if result["images"] or not errors:

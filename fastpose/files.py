@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)`` and move the result to `path`. Missing parent folders are created.
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write, moved to `path` if no exception ends the context. Missing parent folders are created.
 
-    The temporary file lies beside `path` and keeps its suffix, which some writers choose their format by.
+    It lies beside `path` and keeps its suffix, which some writers choose their format by.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        write(temporary)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary)`` and move the result to `path`, see `replacing`."""
+    with replacing(path) as temporary:
+        write(temporary)
 
 
 def write_json(path: str | Path, content: Any) -> None:

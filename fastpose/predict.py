@@ -99,7 +99,7 @@ class Drawings:
         self.open.__exit__(*error)
 
     def draw(self, found: Found) -> Found:
-        """Draw one after the other, in the order in which they are found; returns `found`."""
+        """Draw one after the other, in the order in which they are found; returns `found` without pixels."""
         name = f"{self.names[found.path]}_pose"
         if found.path in self.videos:
             self._draw_frame(found, self.folder / f"{name}.mp4")

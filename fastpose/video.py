@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastpose.files import replacing
 from fastpose.images import Array, ImageError
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
@@ -38,9 +39,9 @@ class Video:
             raise ImageError(f"{path}: {'is a folder, expected a video' if self.path.is_dir() else 'no such file'}")
         capture = self._open()
         fps, count = float(capture.get(cv2.CAP_PROP_FPS)), float(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        there, first = capture.read()
         capture.release()
-        first = next(iter(self), None)
-        if first is None:
+        if not there:
             raise ImageError(f"{path}: not a video that OpenCV can decode")
         self.size = (first.shape[0], first.shape[1])
         self.fps = fps if math.isfinite(fps) and 0 < fps <= 1000 else 30.0
@@ -79,24 +80,20 @@ def write_video(path: str | Path, fps: float, size: tuple[int, int]) -> Iterator
 
     _silence_ffmpeg()
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), fps, (size[1], size[0]))
-    if not writer.isOpened():
-        raise ValueError(f"{path}: OpenCV cannot write a video with suffix {path.suffix!r}")
 
     def add(frame: Array) -> None:
         if frame.shape != (*size, 3):
             raise ValueError(f"{path}: a frame must be {[*size, 3]}, got {list(frame.shape)}")
         writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
-    try:
-        yield add
-        writer.release()
-        os.replace(temporary, path)
-    finally:
-        writer.release()
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), fps, (size[1], size[0]))
+        if not writer.isOpened():
+            raise ValueError(f"{path}: OpenCV cannot write a video with suffix {path.suffix!r}")
+        try:
+            yield add
+        finally:
+            writer.release()
 
 
 def _silence_ffmpeg() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.library import opcheck
 
 import fastpose
 from fastpose.layers import CBAM, SpatialAttention, channel_shuffle
@@ -438,7 +439,7 @@ def test_script_and_export(tmp_path):
         assert torch.equal(exported.module()(torch.cat([x, x]))[:2], expected)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(fast(x), expected)  # float32 inside, whatever autocast says
-    torch.library.opcheck(torch.ops.fastpose.run_plan.default, (x, fast.program, fast.weights, fast.outputs))
+    opcheck(torch.ops.fastpose.run_plan.default, (x, fast.program, fast.weights, fast.outputs))
 
 
 def test_nan_stays_nan_and_in_its_image():

@@ -59,7 +59,7 @@ class Optimizer:
         # Muon takes matrices only: 2-D parameters that share storage with the [O, I, k, k] weights
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and config.optimizer == "muon"]
         self.matrices = [m.weight for m in convolutions if m.weight.requires_grad and _is_dense(m)]
-        self.views = [nn.Parameter(_flat(p, p.detach())) for p in self.matrices]
+        self.views = [nn.Parameter(_in_order(p, p.detach()).view(p.shape[0], -1)) for p in self.matrices]
         taken = {id(p) for p in self.matrices}
         others = [p for p in self.parameters if id(p) not in taken]
         groups: list[dict[str, Any]] = [
@@ -91,7 +91,7 @@ class Optimizer:
         With float16 that happens now and then, until the scale is small enough.
         """
         for p, view in zip(self.matrices, self.views, strict=True):
-            view.grad = None if p.grad is None else _flat(p, p.grad)
+            view.grad = None if p.grad is None else _in_order(p, p.grad).reshape(view.shape)
         for part in self.parts:
             self.scaler.unscale_(part)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -122,11 +122,9 @@ def _is_dense(conv: nn.Conv2d) -> bool:
     return conv.groups == 1 and min(conv.weight.shape[:2]) >= 8
 
 
-def _flat(weight: Tensor, values: Tensor) -> Tensor:
-    """`values`, shaped like a convolution's `weight`, as a matrix [O, I * k * k], columns in the weight's order."""
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        values = values.permute(0, 2, 3, 1)
-    return values.reshape(values.shape[0], -1)
+def _in_order(weight: Tensor, values: Tensor) -> Tensor:
+    """`values`, shaped like a convolution's `weight`, with its dimensions in the order of the weight's memory."""
+    return values.permute(0, 2, 3, 1) if weight.is_contiguous(memory_format=torch.channels_last) else values
 
 
 class Average:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from fastpose.ops import _backend, dw_upsample, dw_upsample_reference
 from tests.conftest import TOL, assert_near, needs_kernels, shifted
@@ -156,8 +157,8 @@ def test_opcheck(layout, device):
     for grad in (False, True):
         x, weight, bias = sample((2, 17, 5, 6), 4, torch.float32, layout, device=device)
         inputs = [t.requires_grad_(grad) for t in (x, weight, bias)]
-        torch.library.opcheck(torch.ops.fastpose.dw_upsample.default, (*inputs, "relu", 2, 1, 0))
-        torch.library.opcheck(torch.ops.fastpose.dw_upsample.default, (inputs[0], inputs[1], None, "none", 3, 1, 1))
+        opcheck(torch.ops.fastpose.dw_upsample.default, (*inputs, "relu", 2, 1, 0))
+        opcheck(torch.ops.fastpose.dw_upsample.default, (inputs[0], inputs[1], None, "none", 3, 1, 1))
 
 
 class Module(torch.nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import opcheck
 
 from fastpose.ops import _backend, ghost_cheap, ghost_cheap_reference
 from tests.conftest import TOL, assert_near, needs_kernels, shifted
@@ -145,8 +146,8 @@ def test_opcheck(layout, device):
     for grad in (False, True):
         x, weight, bias = sample((2, 17, 5, 6), 3, 2, torch.float32, layout, device=device)
         inputs = [t.requires_grad_(grad) for t in (x, weight, bias)]
-        torch.library.opcheck(torch.ops.fastpose.ghost_cheap.default, (*inputs, "hardswish"))
-        torch.library.opcheck(torch.ops.fastpose.ghost_cheap.default, (inputs[0], inputs[1], None, "none"))
+        opcheck(torch.ops.fastpose.ghost_cheap.default, (*inputs, "hardswish"))
+        opcheck(torch.ops.fastpose.ghost_cheap.default, (inputs[0], inputs[1], None, "none"))
 
 
 @needs_kernels

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.library import opcheck
 
 from fastpose.ops import _backend, oks_nms, oks_nms_reference, rescore
 from tests.conftest import needs_kernels
@@ -265,8 +266,8 @@ def test_threads_change_nothing():
 def test_opcheck_and_autocast(device):
     tensors, image = random_poses(9, dtype=torch.float32, device=device)
     op = torch.ops.fastpose.oks_nms.default
-    torch.library.opcheck(op, (*tensors, image, "parallel", "linear", 0.0, 0.1, 0.0, 0.5))
-    torch.library.opcheck(op, (*tensors, None, "hard", "linear", 0.5, 0.1, 0.0, 0.5))
+    opcheck(op, (*tensors, image, "parallel", "linear", 0.0, 0.1, 0.0, 0.5))
+    opcheck(op, (*tensors, None, "hard", "linear", 0.5, 0.1, 0.0, 0.5))
     with torch.autocast(device, dtype=torch.bfloat16):
         new, _ = oks_nms(tensors[0].bfloat16(), *tensors[1:])
     assert new.dtype == torch.float32
