@@ -120,7 +120,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
                 outputs = network(x)
             loss = _loss(config, outputs, targets)
             if teacher is not None:
-                loss = torch.lerp(loss, teacher.loss(x, outputs), config.teacher_weight)
+                loss = torch.lerp(loss, teacher.loss(x, outputs, targets), config.teacher_weight)
             value = float(loss.detach())
             if not math.isfinite(value):
                 _fail(output, step, batch, f"loss is {value}")

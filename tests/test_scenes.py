@@ -10,11 +10,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import fastpose
 from fastpose.checkpoints import read_info
 from fastpose.cli import main
 from fastpose.codecs import AssociativeEmbeddingCodec
+from fastpose.codecs.associative import position_loss
 from fastpose.data import PoseData, load_dataset
 from fastpose.data.crops import Augmentation, Change, CropStore
 from fastpose.data.scenes import (
@@ -30,8 +33,10 @@ from fastpose.geometry import whole_image_matrix
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize
 from fastpose.skeletons import COCO17, LSP14
+from fastpose.train import train
 from fastpose.training.samples import load_split, make_dataset, open_store
 from fastpose.training.settings import Stage, TrainConfig
+from fastpose.training.teacher import Teacher
 from tests import datasets
 from tests.test_train import same_run
 
@@ -260,6 +265,78 @@ def test_stages_have_scenes_of_their_own(tmp_path):
     store = open_store(config, load_split(config, "train"))
     most = [max(len(make_dataset(config, store, s, 0)[i][1]) for i in range(20)) for s in config.stages]
     assert most == [1, 4]
+
+
+def bottom_up_config(tmp_path, **changes):
+    stage = Stage((64, 64), 1, 7)
+    settings = {"model": "lightweight_hrnet_448", "options": {"r": -8}, "dataset": "lsp", "mosaic": 2, "workers": 0}
+    settings.update(codec=AssociativeEmbeddingCodec(position=0.05), stages=(stage,), optimizer="sgd", ema=0.0)
+    data = tmp_path / "lsp" if (tmp_path / "lsp").exists() else write_lsp(tmp_path / "lsp")
+    return TrainConfig(data=str(data), output=str(tmp_path / "run"), **{**settings, **changes})
+
+
+@pytest.mark.parametrize("size", [(160, 160), (160, 120)])
+def test_a_teacher_sees_each_person_of_a_scene(tmp_path, size):
+    teacher = Teacher(bottom_up_config(tmp_path, teacher="mobileposenet"), LSP14, torch.device("cpu"))
+    seen = []
+
+    def brightest(crops):  # every keypoint where the crop is brightest
+        seen.append(crops)
+        return 20 * F.avg_pool2d(crops[:, :1], 4).repeat(1, 14, 1, 1)
+
+    teacher.model, teacher.size = brightest, size
+    scenes = 60
+    keypoints, valid = torch.full((scenes + 2, 2, 14, 2), 1e4), torch.zeros(scenes + 2, 2, 14, dtype=torch.bool)
+    images, valid[:scenes, :, :9], valid[scenes, 0, :6] = torch.zeros(scenes + 2, 3, 96, 160).byte(), True, True
+    keypoints[scenes, 0, :6] = 100 * torch.rand(6, 2)
+    spots = torch.zeros(scenes, 2, 2)
+    for i in range(scenes):
+        for n, left in enumerate((0, 100)):
+            size_and_place = torch.randint(40, 50, (2,)), torch.tensor([left, 10]) + torch.randint(0, 10, (2,))
+            inside = torch.cat([torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.rand(7, 2)])
+            keypoints[i, n, :9] = (inside * size_and_place[0] + size_and_place[1]).round()
+            spots[i, n] = keypoints[i, n, 5]  # is bright
+            x, y = spots[i, n].int().tolist()
+            images[i, :, y - 1 : y + 2, x - 1 : x + 2] = 255
+    maps = teacher.scene_heatmaps(normalize(images), keypoints, valid, (48, 80))
+    assert maps.shape == (scenes + 2, 14, 48, 80) and not maps[scenes:].any()  # few labels, nobody
+    assert seen[0].shape == (2 * scenes, 3, *size)
+    assert torch.allclose(seen[0][0, :, 0, 0], normalize(images)[-1, :, 0, 0], atol=1e-5)  # black outside the image
+    assert torch.allclose(maps[:scenes].sum((2, 3)), torch.tensor(2.0), atol=1e-4)
+    cells = 2 * torch.stack(torch.meshgrid(torch.arange(80), torch.arange(48), indexing="xy"), 2) + 0.5
+    part = maps[:scenes, None, 5] * ((cells - spots[:, :, None, None]).abs().amax(4) < 8)
+    assert (part.sum((2, 3)) - 1).abs().max() < 0.02
+    error = (part[..., None] * cells).sum((2, 3)) - spots
+    assert error.abs().max() < 1.5 and error.mean((0, 1)).abs().max() < 0.2  # a cell of the teacher is 2 pixels or so
+    assert not teacher.scene_heatmaps(normalize(images), keypoints[:, :0], valid[:, :0], (48, 80)).any()
+
+
+def test_a_bottom_up_network_learns_from_a_teacher(tmp_path):
+    weights = {}
+    for name, changes in {
+        "none": {},
+        "0": {"teacher": "mobileposenet", "teacher_weight": 0.0},
+        "1": {"teacher": "mobileposenet", "teacher_weight": 1.0},
+    }.items():
+        config = bottom_up_config(tmp_path / name, lr=0.1, stages=(Stage((64, 64), 4, 7),), **changes)
+        train(config, quiet=True)
+        weights[name] = load_file(tmp_path / name / "run" / "final.safetensors")
+    assert all(torch.allclose(weights["none"][k], weights["0"][k], atol=1e-5) for k in weights["none"])
+
+    store = open_store(config, load_split(config, "train"))
+    batch = collate_scenes([make_dataset(config, store, config.stages[0], 0)[i] for i in range(14)])
+    images, teacher = normalize(batch[0]), Teacher(config, LSP14, torch.device("cpu"))
+    model = fastpose.create_model("lightweight_hrnet_448", num_keypoints=14, r=-8).eval()
+    loss = {}
+    for name in ("none", "1"):
+        model.load_state_dict(weights[name])
+        with torch.no_grad():
+            outputs = model(images)
+            loss[name] = float(teacher.loss(images, outputs, batch[1:]))
+    assert loss["1"] < 0.97 * loss["none"]
+    target = teacher.scene_heatmaps(images, batch[1], batch[2], (32, 32))
+    by_hand = position_loss(outputs[1], target) + position_loss(outputs[0][:, :14], F.avg_pool2d(target, 2))
+    assert loss["1"] == pytest.approx(0.05 * float(by_hand), rel=1e-4)
 
 
 class Finder:

@@ -313,7 +313,7 @@ def test_a_teacher_is_imitated(lspet, tmp_path):
     apart = {k: float(SoftmaxHeatmapCodec().imitation_loss(v, target)) for k, v in logits.items()}
     assert apart["teacher"] < apart["1"] < apart["none"]
     settings = short(lspet, tmp_path / "x", teacher=str(teacher))
-    loss = Teacher(settings, LSP14, torch.device("cpu")).loss(images, logits["none"])
+    loss = Teacher(settings, LSP14, torch.device("cpu")).loss(images, logits["none"], [])
     assert float(loss) == pytest.approx(apart["none"], rel=1e-4)
 
 
@@ -322,11 +322,14 @@ def test_unfit_teachers_are_named(lspet, tmp_path):
     weights, other = str(tmp_path / "run" / "final.safetensors"), tmp_path / "published.pth"
     torch.save(create_model("mobileposenet").state_dict(), other)
     for changes, message in (
-        ({"teacher": weights, "codec": UDPHeatmapCodec()}, "makes heatmaps of codec 'softmax', the run has 'udp'"),
+        (
+            {"teacher": weights, "codec": UDPHeatmapCodec()},
+            "makes heatmaps of codec 'softmax', the run with 'udp' needs 'udp'",
+        ),
         ({"teacher": str(other)}, "expected a weights file of fastpose"),
         ({"teacher": "lite_csw"}, "weights 'lite_csw': no such file"),
         ({"teacher": weights, "teacher_weight": 2.0}, "teacher_weight must be between 0 and 1, got 2.0"),
-        ({"teacher": weights, "model": "lightweight_hrnet_448", "mosaic": 2}, "for top-down networks only"),
+        ({"teacher": weights, "model": "lightweight_hrnet_448", "mosaic": 2}, "codec.position must be above 0"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(short(lspet, tmp_path / "new", **changes), quiet=True)

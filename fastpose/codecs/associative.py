@@ -34,8 +34,8 @@ class AssociativeEmbeddingCodec:
         sigma: standard deviation of the targets in cells, at every resolution.
         push, pull: weights of the two losses on the tags.
         background: weight of the cells that no Gaussian reaches in the heatmaps' loss. HigherHRNet has 1; with 0.1, as
-            in DEKR (Z. Geng et al., CVPR 2021), short trainings do not stay where every heatmap is zero, and the
-            heatmaps of a trained network are higher: raise `detection_threshold`, to 0.3 or so.
+            in DEKR (Z. Geng et al., CVPR 2021), the heatmaps of a network that is not sure are higher: raise
+            `detection_threshold`, to 0.3 or so.
         position: weight of `position_loss` on the heatmaps, 0 in HigherHRNet. Of squared differences a new network
             learns slowly where peaks are, since zero everywhere is nearly right.
         max_people, detection_threshold, tag_threshold, window, refine: of `fastpose.grouping.group_people`.
@@ -126,6 +126,19 @@ class AssociativeEmbeddingCodec:
                 heatmap_loss = heatmap_loss + self.position * position_loss(output[:, :k], target, counts)
         push, pull = tag_losses(outputs[0][:, k:], first_index)
         return heatmap_loss, push, pull
+
+    def imitation_loss(self, outputs: Sequence[Tensor], heatmaps: Tensor) -> Tensor:
+        """`position_loss` with where a trained network sees the keypoints, a scalar.
+
+        It is summed over the resolutions, times `position`.
+
+        heatmaps: [B, K, h, w] of the finest resolution, or of a multiple of it, 0 everywhere where nothing is known.
+        """
+        total = outputs[0].new_zeros(())
+        for output in outputs:
+            target = F.adaptive_avg_pool2d(heatmaps, (output.shape[2], output.shape[3]))
+            total = total + position_loss(output[:, : heatmaps.shape[1]], target)
+        return self.position * total
 
     def aggregate(
         self,

@@ -54,8 +54,8 @@ class TrainConfig:
             set's images, each of which shows one; 0: on the images as they are.
         validate_every: epochs between validations; limit: use only the first images of each split (0: all).
         memory: decoded people are kept in memory up to so many gigabytes per process, the others are read every time.
-        teacher: a trained network to learn from beside the labels, a name with shipped weights or a fastpose file, for
-            top-down networks; teacher_weight: the share of its targets in the loss, the labels' is the rest.
+        teacher: a trained top-down network to learn from beside the labels, a name with shipped weights or a fastpose
+            file; teacher_weight: the share of its targets in the loss, the labels' is the rest.
         init: weights to start from instead of random numbers, "default" or a file; if they are for other keypoints,
             everything but the last layer is taken.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
@@ -130,8 +130,8 @@ class TrainConfig:
             raise ValueError("a bottom-up network can be validated by AP or PCK@0.2, not by PCKh@0.5")
         assert self.codec is not None
         check_codec(self.model, self.codec)
-        if self.teacher and bottom_up:
-            raise ValueError(f"a teacher can be given for top-down networks only, {self.model} is bottom-up")
+        if self.teacher and isinstance(self.codec, AssociativeEmbeddingCodec) and not self.codec.position:
+            raise ValueError("a teacher tells a bottom-up network where keypoints are: codec.position must be above 0")
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight must be between 0 and 1, got {self.teacher_weight}")
         if self.mosaic < 0 or (self.mosaic and not bottom_up):
