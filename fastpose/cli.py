@@ -132,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="mobileposenet")
     p.add_argument("--weights", default="default")
     p.add_argument("--fused", action="store_true", help="use fastpose's kernels; the file then needs fastpose to load")
+    p.add_argument(
+        "--keypoints",
+        action="store_true",
+        help="a program from crops (uint8 RGB [B, 3, h, w]) to keypoints and scores, instead of to heatmaps",
+    )
     p.add_argument("output", metavar="FILE", help="e.g. mobileposenet.pt")
     p.set_defaults(run=_export)
 
@@ -386,14 +391,16 @@ def _validate_data(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from fastpose.checkpoints import describe_weights, find_architecture
+    from fastpose.codecs import HeatmapCodec
     from fastpose.export import export_torchscript, export_weights
     from fastpose.models._registry import create_from, model_entry, read_weights
 
     checkpoint = read_weights(options.weights, options.model)
     model, info = create_from(checkpoint, options.model), checkpoint.info()
     if options.format == "safetensors":
-        if options.fused:
-            raise ValueError("--fused is about programs; weights are the same for all paths")
+        for name in ("fused", "keypoints"):
+            if getattr(options, name):
+                raise ValueError(f"--{name} is about programs, not weights")
         bits = options.bits or 16
         export_weights(model, options.output, describe_weights(checkpoint, options.model), bits)
         print(f"{options.output}: weights of {bits} bits for create_model and PoseEstimator")
@@ -402,9 +409,14 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError("--bits is about weights: --format safetensors")
     name, _, _ = find_architecture(checkpoint, options.model)
     size = model_entry(name).input_size if info is None else info.input_size
-    worst = export_torchscript(model, options.output, size, options.fused)
+    codec = describe_weights(checkpoint, options.model).codec if options.keypoints else None
+    if not isinstance(codec, HeatmapCodec | None):
+        raise ValueError(f"--keypoints: {name} is bottom-up; grouping keypoints into people cannot be exported")
+    worst = export_torchscript(model, options.output, size, options.fused, codec)
     needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
     print(f"{options.output}: {needs}; largest difference {worst:.1e} of the maximum")
+    if codec is not None:
+        print(f"uint8 RGB crops [B, 3, {size[0]}, {size[1]}] -> keypoints [B, K, 2] in crop pixels, scores [B, K]")
     return 0
 
 

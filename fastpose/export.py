@@ -1,17 +1,22 @@
 """Writing networks for deployment, with a check that the file computes the same."""
 
-from __future__ import annotations
+# no `from __future__ import annotations` here: TorchScript must see Final[...] itself, not its text
 
 import contextlib
+import warnings
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from fastpose.checkpoints import WeightsInfo, save_weights
+from fastpose.codecs import HeatmapCodec
 from fastpose.files import write_atomically
 from fastpose.ops import set_fused
+from fastpose.pipeline import estimate_crops
 from fastpose.plan import NotOptimizable, optimize
+from fastpose.preprocess import normalize
 
 
 def export_weights(model: nn.Module, path: str | Path, info: WeightsInfo, bits: int = 16) -> None:
@@ -30,7 +35,13 @@ def export_weights(model: nn.Module, path: str | Path, info: WeightsInfo, bits: 
     save_weights(path, state, info, torch.int8 if bits == 8 else torch.float16)
 
 
-def export_torchscript(model: nn.Module, path: str | Path, input_size: tuple[int, int], fused: bool = False) -> float:
+def export_torchscript(
+    model: nn.Module,
+    path: str | Path,
+    input_size: tuple[int, int],
+    fused: bool = False,
+    codec: HeatmapCodec | None = None,
+) -> float:
     """Script, freeze and save `model`; load the file again and compare.
 
     Args:
@@ -38,6 +49,8 @@ def export_torchscript(model: nn.Module, path: str | Path, input_size: tuple[int
         fused: use fastpose's kernels: the network as `optimize` makes it where possible, its fused layers otherwise.
             Such a file needs ``import fastpose`` (or the operator library alone, `fastpose info` prints its path) in
             the process that loads it; one without runs on plain torch.
+        codec: with it the file takes crops, uint8 RGB [B, 3, *input_size], and returns keypoints float32 [B, K, 2],
+            (x, y) in crop pixels, and scores float32 [B, K], as `pipeline.estimate_crops` does without a flip test.
 
     Returns:
         The largest difference between the file's and the model's outputs, relative to the largest output.
@@ -56,10 +69,10 @@ def export_torchscript(model: nn.Module, path: str | Path, input_size: tuple[int
             if fused:
                 with contextlib.suppress(NotOptimizable):
                     network = optimize(model, input_size)
-            scripted = torch.jit.freeze(torch.jit.script(network))
+            program = torch.jit.freeze(torch.jit.script(network))
 
         def write(temporary: Path) -> None:
-            torch.jit.save(scripted, str(temporary))
+            torch.jit.save(program, str(temporary))
             with torch.no_grad():
                 got = _outputs(torch.jit.load(str(temporary))(x))
             worst = max(float((g - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True))
@@ -67,12 +80,63 @@ def export_torchscript(model: nn.Module, path: str | Path, input_size: tuple[int
                 raise RuntimeError(f"{path}: the exported file's outputs differ by {worst:.2e} of their maximum")
             differences.append(worst)
 
+        def write_with_decoder(temporary: Path) -> None:
+            assert codec is not None
+            write(temporary)
+            whole = torch.jit.script(_KeypointsOfCrops(network, codec, expected[0], input_size).eval())
+            torch.jit.save(torch.jit.freeze(whole), str(temporary))
+            _check_keypoints(torch.jit.load(str(temporary)), program, codec, input_size)
+
         differences: list[float] = []
-        write_atomically(path, write)
+        write_atomically(path, write if codec is None else write_with_decoder)
         return differences[0]
     finally:
         for module, fused_before in before:
             module.fused = fused_before
+
+
+class _KeypointsOfCrops(nn.Module):
+    """A network between what `estimate_crops` does before and after it, which is traced.
+
+    Nothing there depends on the numbers, and on the size of the crops only, which is checked.
+    """
+
+    height: Final[int]
+    width: Final[int]
+
+    def __init__(self, network: nn.Module, codec: HeatmapCodec, outputs: Tensor, input_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.height, self.width = input_size
+        self.network = network
+        crops = torch.zeros(2, 3, *input_size, dtype=torch.uint8)
+        with warnings.catch_warnings(), torch.no_grad():
+            # that a trace holds constants and that TorchScript has no future
+            warnings.simplefilter("ignore")
+            self.normalize = torch.jit.trace(_normalize, crops, check_trace=False)
+            self.decode = torch.jit.trace(lambda x: codec.decode(codec.heatmaps(x)), outputs, check_trace=False)
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        if crops.dtype != torch.uint8:  # whose name TorchScript does not know
+            raise ValueError("crops must be uint8, got another dtype")
+        if list(crops.shape[1:]) != [3, self.height, self.width]:
+            raise ValueError(f"crops must be [B, 3, {self.height}, {self.width}], got {list(crops.shape)}")
+        keypoints, scores = self.decode(self.network(self.normalize(crops)))
+        return keypoints, scores
+
+
+def _normalize(crops: Tensor) -> Tensor:
+    return normalize(crops).contiguous(memory_format=torch.channels_last)
+
+
+def _check_keypoints(file: nn.Module, network: nn.Module, codec: HeatmapCodec, input_size: tuple[int, int]) -> None:
+    """Raise RuntimeError unless `file` gives the keypoints of `network`, for batches it was not traced with."""
+    for batch in (1, 3):
+        generator = torch.Generator().manual_seed(batch)
+        crops = torch.randint(0, 256, (batch, 3, *input_size), dtype=torch.uint8, generator=generator)
+        for got, expected in zip(file(crops), estimate_crops(network, crops, codec, None), strict=True):
+            worst = float((got - expected).abs().max())
+            if not worst <= 0.01:
+                raise RuntimeError(f"the exported file's keypoints or scores differ by {worst:.3g} pixels")
 
 
 def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -17,7 +17,11 @@ from safetensors.torch import load_file, save_file
 from fastpose import images, predict
 from fastpose.checkpoints import read_info
 from fastpose.cli import main
+from fastpose.codecs import get_codec
+from fastpose.export import export_torchscript
+from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
 from fastpose.models import create_model
+from fastpose.pipeline import PoseEstimator, estimate_crops
 from fastpose.plan import NotOptimizable
 from fastpose.zoo import models_table
 from tests import datasets
@@ -218,6 +222,66 @@ def test_export_of_a_checkpoint_of_others(tmp_path):
     assert main(["export", "--model", "auto", "--weights", str(tmp_path / "w.pth"), str(tmp_path / "model.pt")]) == 0
     with torch.no_grad():
         assert torch.jit.load(tmp_path / "model.pt")(torch.zeros(1, 3, 64, 64)).shape == (1, 13, 16, 16)
+
+
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_kernels), False])
+def test_export_of_keypoints(folder, capsys, fused):
+    file = folder / "keypoints.pt"
+    assert main(["export", "--keypoints", str(file), *(["--fused"] if fused else [])]) == 0
+    assert "uint8 RGB crops [B, 3, 160, 160] -> keypoints [B, K, 2] in crop pixels" in capsys.readouterr().out
+    pose = PoseEstimator(flip_test=False, detector="none", optimize=fused)
+    photo = cv2.imread(str(folder / "in" / "0.jpg"))[..., ::-1]
+    box = (20, 10, 250, 220)
+    matrix = crop_matrix(np.array(box), (160, 160), pose.info.padding)
+    crop = torch.from_numpy(warp_crop(photo, matrix, (160, 160))).permute(2, 0, 1)[None]
+    torch.save(crop, folder / "crop.pt")
+    code = (
+        "import torch; torch.save(torch.jit.load('keypoints.pt')(torch.load('crop.pt').repeat(5, 1, 1, 1)), 'out.pt')"
+    )
+    code = ("import fastpose; " if fused else "") + code + "; import sys; print('fastpose' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(fused)  # without kernels torch alone will do
+    points, scores = torch.load(folder / "out.pt")
+    expected = pose(photo, boxes=[box])
+    assert points.shape == (5, 14, 2) and torch.equal(points[0], points[4])
+    assert np.abs(apply_affine(invert_affine(matrix), points[0].double().numpy()) - expected.keypoints[0]).max() < 0.01
+    assert np.abs(scores[3].numpy() - expected.keypoint_scores[0]).max() < 1e-3
+    program = torch.jit.load(file)
+    for wrong, message in (
+        (crop.float(), "crops must be uint8, got another dtype"),
+        (crop[:, :, :96], r"crops must be \[B, 3, 160, 160\], got \[1, 3, 96, 160\]"),
+    ):
+        with pytest.raises(Exception, match=message):
+            program(wrong)
+    assert program(crop[:0])[0].shape == (0, 14, 2)
+
+
+@pytest.mark.parametrize("codec", ["softmax", "msra", "dark", "udp"])
+def test_every_decoder_is_exported(tmp_path, codec):
+    model, decoder = create_model("mobileposenet", weights="default"), get_codec(codec)
+    for i in (0, 1):  # decoding has no constants of the numbers or the batch it was traced with
+        model.head.weight.data *= 1 - 2 * i
+        export_torchscript(model, tmp_path / f"{i}.pt", (64, 96), codec=decoder)
+    crops = torch.randint(0, 256, (7, 3, 64, 96), dtype=torch.uint8)
+    points, scores = torch.jit.load(tmp_path / "1.pt")(crops)
+    expected, expected_scores = estimate_crops(model, crops, decoder, None)
+    assert (points - expected).abs().max() < 0.01 and (scores - expected_scores).abs().max() < 1e-3
+    assert (points - torch.jit.load(tmp_path / "0.pt")(crops)[0]).abs().max() > 1
+
+    model.head.bias.data[2] = torch.nan
+    with pytest.raises(RuntimeError, match="differ by nan of their maximum"):
+        export_torchscript(model, tmp_path / "nan.pt", (64, 96), codec=decoder)
+    assert not (tmp_path / "nan.pt").exists()
+
+
+def test_keypoints_of_what_cannot_be_exported(tmp_path, capsys):
+    name, weights = "lightweight_hrnet_448", tmp_path / "w.pth"
+    torch.save(create_model(name).state_dict(), weights)
+    assert main(["export", "--keypoints", "--model", name, "--weights", str(weights), str(tmp_path / "k.pt")]) == 2
+    assert f"{name} is bottom-up; grouping keypoints into people cannot be exported" in capsys.readouterr().err
+    assert main(["export", "--keypoints", "--format", "safetensors", str(tmp_path / "k.pt")]) == 2
+    assert "--keypoints is about programs, not weights" in capsys.readouterr().err
+    assert not (tmp_path / "k.pt").exists()
 
 
 def test_models_table(tmp_path):

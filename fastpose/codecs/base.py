@@ -205,7 +205,8 @@ def peaks(heatmaps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     width = heatmaps.shape[3]
     value, index = heatmaps.flatten(2).max(dim=2)
-    if heatmaps.is_cuda or bool(value.isnan().any()):  # asking a GPU would wait for it
+    # asking a GPU would wait for it, and a trace would keep the answer
+    if heatmaps.is_cuda or torch.jit.is_tracing() or bool(value.isnan().any()):
         value, index = torch.nan_to_num(heatmaps, nan=0.0).flatten(2).max(dim=2)
     index = torch.where(value > 0, index, torch.zeros_like(index))
     y = torch.div(index, width, rounding_mode="floor")
