@@ -15,6 +15,7 @@ from fastpose.pipeline import BoxError, PoseEstimator
 from fastpose.plan import NotOptimizable, Optimized, optimize
 from fastpose.poses import Poses
 from fastpose.skeletons import Skeleton, get_skeleton
+from fastpose.tracking import Tracker, track
 from fastpose.video import Video
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PoseEstimator",
     "Poses",
     "Skeleton",
+    "Tracker",
     "Video",
     "create_model",
     "get_skeleton",
@@ -32,5 +34,6 @@ __all__ = [
     "load_checkpoint",
     "optimize",
     "set_fused",
+    "track",
     "use_fused",
 ]

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "--save-images", action="store_true", help="write drawn images and videos too (a single one always is)"
     )
     p.add_argument("--threshold", type=float, default=0.25, help="least keypoint score to draw (default: %(default)s)")
+    p.add_argument("--track", action="store_true", help="number the people of a video, the same in all its frames")
+    p.add_argument("--smooth", action="store_true", help="track, and take the jitter from their keypoints")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
     p.add_argument(
         "--precision", choices=PRECISIONS, default="float32", help="bfloat16, int8: faster where the CPU has them"
@@ -187,6 +190,7 @@ def _predict(options: argparse.Namespace) -> int:
     from fastpose.pipeline import PoseEstimator
     from fastpose.predict import Drawings, File, estimate_files
     from fastpose.stream import run_ahead
+    from fastpose.tracking import Tracker
     from fastpose.video import SUFFIXES, Video
 
     errors: list[dict[str, str]] = []
@@ -217,6 +221,9 @@ def _predict(options: argparse.Namespace) -> int:
             files.append(Video(path) if is_video else path)
         except ValueError as error:
             report(path, error)
+    track = options.track or options.smooth
+    if track and files and not any(isinstance(file, Video) for file in files):
+        raise ValueError("--track and --smooth are for videos, of which there is none here")
     save_images = options.save_images or len(files) == 1
     estimator = PoseEstimator(
         options.model,
@@ -242,7 +249,8 @@ def _predict(options: argparse.Namespace) -> int:
         tqdm(total=expected, unit="image", disable=options.quiet or expected < 20) as progress,
         Drawings(output, files, options.threshold, report) as drawings,
     ):
-        everything = estimate_files(estimator, files, boxes, report, progress.update)
+        make_tracker = partial(Tracker, smooth=options.smooth) if track else None
+        everything = estimate_files(estimator, files, boxes, report, progress.update, make_tracker)
         for found in run_ahead(drawings.draw, everything, DRAWN_BEHIND) if save_images else everything:
             if found.poses is None:
                 if tell:

@@ -18,7 +18,7 @@ def side_colour(name: str) -> tuple[int, int, int]:
 def draw_poses(image: Array, poses: Poses, threshold: float) -> Array:
     """A copy of `image` (uint8 RGB [H, W, 3]) with links between and dots on keypoints that score at least `threshold`.
 
-    Line width follows the size of each person's box.
+    Line width follows the size of each person's box, in whose corner the number of a tracked person stands.
     """
     import cv2
 
@@ -42,4 +42,10 @@ def draw_poses(image: Array, poses: Poses, threshold: float) -> Array:
         for i in np.flatnonzero(visible):
             cv2.circle(canvas, at[i], (width + 2) * 2**bits, (0, 0, 0), -1, cv2.LINE_AA, bits)
             cv2.circle(canvas, at[i], (width + 1) * 2**bits, colours[i], -1, cv2.LINE_AA, bits)
+    for number, box in zip([] if poses.track_ids is None else poses.track_ids, poses.boxes, strict=False):
+        scale = float(np.clip(max(box[2] - box[0], box[3] - box[1]) / 200, 0.4, 2.0))
+        corner = [int(v) for v in np.clip(np.nan_to_num(box[:2]), [0, 24 * scale], limit)]
+        width = max(1, round(2 * scale))
+        for colour, line in (((0, 0, 0), width + 3), ((255, 255, 255), width)):
+            cv2.putText(canvas, str(number), corner, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, line, cv2.LINE_AA)
     return canvas

@@ -29,6 +29,7 @@ class Poses:
         scores: float32 [P], the instance scores: box score times mean keypoint score.
         image_size: (height, width) of the image.
         skeleton: names, links, flip pairs and sigmas of the K keypoints.
+        track_ids: int64 [P], who is who from frame to frame, see `fastpose.Tracker`; None if nobody asked.
     """
 
     keypoints: Array
@@ -37,6 +38,7 @@ class Poses:
     scores: Array
     image_size: tuple[int, int]
     skeleton: Skeleton
+    track_ids: Array | None = None
 
     def __post_init__(self) -> None:
         p, k = len(self.scores), self.skeleton.num_keypoints
@@ -46,6 +48,11 @@ class Poses:
             if value.shape != shape:
                 raise ValueError(f"Poses.{name} must be {list(shape)}, got {list(value.shape)}")
             object.__setattr__(self, name, value)
+        if self.track_ids is not None:
+            ids = np.asarray(self.track_ids, np.int64)
+            if ids.shape != (p,):
+                raise ValueError(f"Poses.track_ids must be {[p]}, got {list(ids.shape)}")
+            object.__setattr__(self, "track_ids", ids)
 
     @staticmethod
     def empty(image_size: tuple[int, int], skeleton: Skeleton) -> Poses:
@@ -69,6 +76,7 @@ class Poses:
             self.scores[index],
             self.image_size,
             self.skeleton,
+            None if self.track_ids is None else self.track_ids[index],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +86,7 @@ class Poses:
             "keypoint_names": list(self.skeleton.names),
             "people": [
                 {
+                    **({} if self.track_ids is None else {"track_id": int(self.track_ids[i])}),
                     "score": round(float(self.scores[i]), 5),
                     "box": [round(float(v), 3) for v in self.boxes[i]],
                     "keypoints": [[round(float(v), 3) for v in xy] for xy in self.keypoints[i]],
@@ -92,7 +101,10 @@ class Poses:
         return json.dumps(self.to_dict(), indent=2)
 
     def to_coco(self, image_id: int | str = 0, category_id: int = 1) -> list[dict[str, Any]]:
-        """One COCO keypoint result per person: keypoints [x, y, score, ...], bbox [x, y, width, height], score."""
+        """One COCO keypoint result per person: keypoints [x, y, score, ...], bbox [x, y, width, height], score.
+
+        Poses of a `fastpose.Tracker` have a track_id besides.
+        """
         results = []
         for i in range(len(self)):
             flat = np.concatenate([self.keypoints[i], self.keypoint_scores[i, :, None]], axis=1).reshape(-1)
@@ -104,6 +116,7 @@ class Poses:
                     "keypoints": [round(float(v), 4) for v in flat],
                     "bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
                     "score": round(float(self.scores[i]), 5),
+                    **({} if self.track_ids is None else {"track_id": int(self.track_ids[i])}),
                 }
             )
         return results

@@ -12,6 +12,7 @@ from typing import Any
 from fastpose.images import Array, ImageError, read_image
 from fastpose.pipeline import PoseEstimator
 from fastpose.poses import Poses
+from fastpose.tracking import Tracker
 from fastpose.video import Video, write_video
 
 File = Path | Video
@@ -37,13 +38,16 @@ def estimate_files(
     boxes: Sequence[Any] | None,
     report: Report,
     advance: Callable[[], object],
+    make_tracker: Callable[[float], Tracker] | None = None,
 ) -> Iterator[Found]:
     """What is found in `files`, in order.
 
     `boxes`: one entry per file, for images only. `report` is told of what cannot be used, `advance` is called for every
-    image and frame.
+    image and frame. `make_tracker` makes of its frames per second what a video's poses go through.
     """
     asked: deque[Found] = deque()  # not answered yet
+    videos = {file.path: file for file in files if isinstance(file, Video)}
+    trackers = {path: make_tracker(video.fps) for path, video in videos.items()} if make_tracker else {}
 
     def images() -> Iterator[Path | Array]:
         for file in files:
@@ -70,6 +74,8 @@ def estimate_files(
         item = asked.popleft()
         advance()
         if isinstance(poses, Poses):
+            if item.path in trackers and item.frame is not None:
+                poses = trackers[item.path](poses, item.frame / videos[item.path].fps)
             yield replace(item, poses=poses)
         else:
             where = item.path if item.frame is None else f"{item.path}, frame {item.frame}"
