@@ -62,8 +62,8 @@ class Tracker:
         cutoff: float = 1.5,
         beta: float = 20.0,
     ) -> None:
-        for name, value, least in (("fps", fps, 0.0), ("cutoff", cutoff, 0.0)):
-            if not least < value < math.inf:
+        for name, value in (("fps", fps), ("cutoff", cutoff)):
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         for name, value in (("least_oks", least_oks), ("patience", patience), ("beta", beta)):
             if not value >= 0:
@@ -84,7 +84,7 @@ class Tracker:
             ValueError: `time` is not after that of the frame before.
         """
         if time is None:
-            time = self.time + 1 / self.fps if self.tracks or self.people else 0.0
+            time = max(self.time + 1 / self.fps, 0.0)
         if not time > self.time:
             raise ValueError(f"frames must come in order: {time} s after {self.time} s")
         self.time = time

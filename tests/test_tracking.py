@@ -32,6 +32,7 @@ def numbers(tracker, *places, **more):
 
 def test_people_keep_their_numbers():
     tracker = Tracker(25, patience=0.2)
+    assert numbers(tracker) == numbers(tracker) == []
     assert numbers(tracker, (0, 0), (200, 0)) == [1, 2]
     assert numbers(tracker, (205, 0), (5, 0)) == [2, 1]  # in whatever order they come
     assert numbers(tracker, (10, 0), (300, 300), (210, 0)) == [1, 3, 2]
