@@ -20,6 +20,7 @@ demo: build
 	@$(RUN) -m fastpose predict "$(IMAGE)" --output demo
 
 test: build
+	@$(PIP) install -c $(CONSTRAINTS) onnx onnxscript onnxruntime
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
 
 build: $(VENV)/.built

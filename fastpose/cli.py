@@ -127,9 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("export", help="write a network for deployment")
     p.add_argument(
         "--format",
-        choices=("torchscript", "safetensors"),
+        choices=("torchscript", "onnx", "safetensors"),
         default="torchscript",
-        help="a program (default), or the weights in 16 bits with what must be known about them, from any checkpoint",
+        help="a program (default: torchscript), or the weights in 16 bits with what must be known about them",
     )
     p.add_argument("--bits", type=int, choices=(8, 16), help="of safetensors (default: 16); 8: dense convolutions only")
     p.add_argument("--model", default="mobileposenet")
@@ -400,7 +400,7 @@ def _validate_data(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from fastpose.checkpoints import describe_weights, find_architecture
     from fastpose.codecs import HeatmapCodec
-    from fastpose.export import export_torchscript, export_weights
+    from fastpose.export import export_onnx, export_torchscript, export_weights
     from fastpose.models._registry import create_from, model_entry, read_weights
 
     checkpoint = read_weights(options.weights, options.model)
@@ -420,8 +420,14 @@ def _export(options: argparse.Namespace) -> int:
     codec = describe_weights(checkpoint, options.model).codec if options.keypoints else None
     if not isinstance(codec, HeatmapCodec | None):
         raise ValueError(f"--keypoints: {name} is bottom-up; grouping keypoints into people cannot be exported")
-    worst = export_torchscript(model, options.output, size, options.fused, codec)
-    needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
+    if options.format == "onnx":
+        if options.fused:
+            raise ValueError("--fused is about TorchScript: other runtimes do not know fastpose's kernels")
+        worst = export_onnx(model, options.output, size, codec)
+        needs = f"any batch of {size[0]}x{size[1]}, compared by ONNX Runtime"
+    else:
+        worst = export_torchscript(model, options.output, size, options.fused, codec)
+        needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
     print(f"{options.output}: {needs}; largest difference {worst:.1e} of the maximum")
     if codec is not None:
         print(f"uint8 RGB crops [B, 3, {size[0]}, {size[1]}] -> keypoints [B, K, 2] in crop pixels, scores [B, K]")

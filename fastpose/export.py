@@ -4,8 +4,9 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,7 @@ def export_torchscript(
     Raises:
         RuntimeError: `fused` without the kernels, or a difference above 1e-4 (nothing is written then).
     """
-    before = [(m, m.fused) for m in model.modules() if hasattr(m, "fused")]
-    set_fused(model, fused)
-    try:
-        model = model.eval()
+    with _layers(model, fused):
         x = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected = _outputs(model(x))
@@ -75,10 +73,7 @@ def export_torchscript(
             torch.jit.save(program, str(temporary))
             with torch.no_grad():
                 got = _outputs(torch.jit.load(str(temporary))(x))
-            worst = max(float((g - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True))
-            if not worst <= 1e-4:
-                raise RuntimeError(f"{path}: the exported file's outputs differ by {worst:.2e} of their maximum")
-            differences.append(worst)
+            differences.append(_relative(got, expected, path, 1e-4))
 
         def write_with_decoder(temporary: Path) -> None:
             assert codec is not None
@@ -90,9 +85,6 @@ def export_torchscript(
         differences: list[float] = []
         write_atomically(path, write if codec is None else write_with_decoder)
         return differences[0]
-    finally:
-        for module, fused_before in before:
-            module.fused = fused_before
 
 
 class _KeypointsOfCrops(nn.Module):
@@ -137,6 +129,109 @@ def _check_keypoints(file: nn.Module, network: nn.Module, codec: HeatmapCodec, i
             worst = float((got - expected).abs().max())
             if not worst <= 0.01:
                 raise RuntimeError(f"the exported file's keypoints or scores differ by {worst:.3g} pixels")
+
+
+def export_onnx(
+    model: nn.Module, path: str | Path, input_size: tuple[int, int], codec: HeatmapCodec | None = None
+) -> float:
+    """Write `model` as an ONNX file for batches of any size, run it by ONNX Runtime and compare.
+
+    Args:
+        input_size: (height, width) of the images, float32 [B, 3, *input_size], to which the file is bound.
+        codec: with it the file goes from crops to keypoints and scores, as that of `export_torchscript`.
+
+    Returns:
+        The largest difference between the file's and the model's outputs, relative to the largest output; with a
+        `codec` that between the scores.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        RuntimeError: a difference above 1e-4, of scores above 1e-3 (nothing is written then).
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  which torch needs
+    except ImportError as error:
+        raise ImportError(f"export to ONNX needs the extra 'onnx', pip install 'fastpose[onnx]': {error}") from None
+
+    with _layers(model, False):
+        module = model if codec is None else _Decoded(model, codec).eval()
+        name, outputs = ("images", None) if codec is None else ("crops", ["keypoints", "scores"])
+
+        def images(batch: int) -> Tensor:
+            generator = torch.Generator().manual_seed(batch)
+            if codec is None:
+                return torch.randn(batch, 3, *input_size, generator=generator)
+            return torch.randint(0, 256, (batch, 3, *input_size), dtype=torch.uint8, generator=generator)
+
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # about what the exporter works without
+            program: Any = torch.onnx.export(
+                module,
+                (images(2),),
+                dynamo=True,
+                verbose=False,
+                input_names=[name],
+                output_names=outputs,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=2**16)},),
+            )
+
+        def write(temporary: Path) -> None:
+            program.save(str(temporary), external_data=False)
+            session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+            for batch in (1, 3):
+                x = images(batch)
+                with torch.no_grad():
+                    expected = _outputs(module(x))
+                got = [torch.from_numpy(output) for output in session.run(None, {name: x.numpy()})]
+                if codec is None:
+                    differences.append(_relative(got, expected, path, 1e-4))
+                    continue
+                # in a flat map rounding decides where the maximum is: not every position must be the same
+                far = (got[0] - expected[0]).abs().amax(2) > 0.1
+                if far.float().mean() > 0.1:
+                    raise RuntimeError(f"{path}: {int(far.sum())} of {far.numel()} exported keypoints differ")
+                differences.append(_relative(got[1:], expected[1:], path, 1e-3))
+
+        differences: list[float] = []
+        write_atomically(path, write)
+        return max(differences)
+
+
+class _Decoded(nn.Module):
+    """What `estimate_crops` does, without a flip test."""
+
+    def __init__(self, network: nn.Module, codec: HeatmapCodec) -> None:
+        super().__init__()
+        self.network, self.codec = network, codec
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        return self.codec.decode(self.codec.heatmaps(self.network(_normalize(crops))))
+
+
+@contextlib.contextmanager
+def _layers(model: nn.Module, fused: bool) -> Iterator[None]:
+    """The model in eval mode, its layers for a while fused or not."""
+    before = [(m, m.fused) for m in model.modules() if hasattr(m, "fused")]
+    set_fused(model.eval(), fused)
+    try:
+        yield
+    finally:
+        for module, fused_before in before:
+            module.fused = fused_before
+
+
+def _relative(got: Sequence[Tensor], expected: Sequence[Tensor], path: str | Path, limit: float) -> float:
+    """The largest difference, of each output in units of the largest number expected.
+
+    Raises:
+        RuntimeError: it is above `limit`, or not a number.
+    """
+    parts = [(g - e).abs().max() / e.abs().max() for g, e in zip(got, expected, strict=True)]
+    worst = float(torch.stack(parts).max())
+    if not worst <= limit:
+        raise RuntimeError(f"{path}: the exported file's outputs differ by {worst:.2e} of their maximum")
+    return worst
 
 
 def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

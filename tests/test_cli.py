@@ -18,7 +18,7 @@ from fastpose import images, predict
 from fastpose.checkpoints import read_info
 from fastpose.cli import main
 from fastpose.codecs import get_codec
-from fastpose.export import export_torchscript
+from fastpose.export import export_onnx, export_torchscript
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
 from fastpose.models import create_model
 from fastpose.pipeline import PoseEstimator, estimate_crops
@@ -26,6 +26,13 @@ from fastpose.plan import NotOptimizable
 from fastpose.zoo import models_table
 from tests import datasets
 from tests.conftest import needs_kernels
+
+try:
+    import onnxruntime
+    import onnxscript  # noqa: F401
+except ImportError:
+    onnxruntime = None
+needs_onnx = pytest.mark.skipif(onnxruntime is None, reason="the extra 'onnx' is not installed")
 
 
 def fastpose(*arguments, cwd):
@@ -256,22 +263,78 @@ def test_export_of_keypoints(folder, capsys, fused):
     assert program(crop[:0])[0].shape == (0, 14, 2)
 
 
+def run_onnx(path, x):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(output) for output in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+
+
+@needs_onnx
+def test_export_to_onnx(tmp_path, capsys):
+    file, model = tmp_path / "a.onnx", create_model("mobileposenet", weights="default")
+    assert main(["export", "--format", "onnx", str(file)]) == 0
+    assert "any batch of 160x160, compared by ONNX Runtime; largest difference" in capsys.readouterr().out
+    x = torch.randn(5, 3, 160, 160)
+    with torch.no_grad():
+        expected = model.eval()(x)
+    (got,) = run_onnx(file, x)
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]  # weights included
+    assert main(["export", "--format", "onnx", "--fused", str(file)]) == 2
+    assert "--fused is about TorchScript" in capsys.readouterr().err
+
+
+@needs_onnx
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+    class Moved(onnxruntime.InferenceSession):
+        def run(self, names, inputs):
+            return [output + 3 for output in super().run(names, inputs)]
+
+    model = create_model("mobileposenet", weights="default")
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "InferenceSession", Moved)
+        for codec, message in ((None, "outputs differ by"), (get_codec("msra"), "14 of 14 exported keypoints differ")):
+            with pytest.raises(RuntimeError, match=message):
+                export_onnx(model, tmp_path / "a.onnx", (64, 64), codec)
+    model.head.bias.data[2] = torch.nan
+    with pytest.raises(RuntimeError, match="outputs differ by nan"):
+        export_onnx(model, tmp_path / "a.onnx", (64, 64))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"needs the extra 'onnx', pip install 'fastpose\[onnx\]'"):
+        export_onnx(model, tmp_path / "a.onnx", (64, 64))
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_a_bottom_up_network_in_onnx(tmp_path):
+    model = create_model("lightweight_hrnet_448", r=-8)
+    export_onnx(model, tmp_path / "a.onnx", (64, 96))
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        for got, expected in zip(run_onnx(tmp_path / "a.onnx", x), model.eval()(x), strict=True):
+            assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("format", ["torchscript", pytest.param("onnx", marks=needs_onnx)])
 @pytest.mark.parametrize("codec", ["softmax", "msra", "dark", "udp"])
-def test_every_decoder_is_exported(tmp_path, codec):
+def test_every_decoder_is_exported(tmp_path, codec, format):
     model, decoder = create_model("mobileposenet", weights="default"), get_codec(codec)
+    write = export_torchscript if format == "torchscript" else export_onnx
+    read = run_onnx if format == "onnx" else lambda path, x: torch.jit.load(path)(x)
     for i in (0, 1):  # decoding has no constants of the numbers or the batch it was traced with
         model.head.weight.data *= 1 - 2 * i
-        export_torchscript(model, tmp_path / f"{i}.pt", (64, 96), codec=decoder)
+        write(model, tmp_path / f"{i}.pt", (64, 96), codec=decoder)
     crops = torch.randint(0, 256, (7, 3, 64, 96), dtype=torch.uint8)
-    points, scores = torch.jit.load(tmp_path / "1.pt")(crops)
+    points, scores = read(tmp_path / "1.pt", crops)
     expected, expected_scores = estimate_crops(model, crops, decoder, None)
     assert (points - expected).abs().max() < 0.01 and (scores - expected_scores).abs().max() < 1e-3
-    assert (points - torch.jit.load(tmp_path / "0.pt")(crops)[0]).abs().max() > 1
+    assert (points - read(tmp_path / "0.pt", crops)[0]).abs().max() > 1
 
-    model.head.bias.data[2] = torch.nan
-    with pytest.raises(RuntimeError, match="differ by nan of their maximum"):
-        export_torchscript(model, tmp_path / "nan.pt", (64, 96), codec=decoder)
-    assert not (tmp_path / "nan.pt").exists()
+    if format == "torchscript":
+        model.head.bias.data[2] = torch.nan
+        with pytest.raises(RuntimeError, match="differ by nan of their maximum"):
+            write(model, tmp_path / "nan.pt", (64, 96), codec=decoder)
+        assert not (tmp_path / "nan.pt").exists()
 
 
 def test_keypoints_of_what_cannot_be_exported(tmp_path, capsys):

@@ -205,8 +205,9 @@ def peaks(heatmaps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     width = heatmaps.shape[3]
     value, index = heatmaps.flatten(2).max(dim=2)
-    # asking a GPU would wait for it, and a trace would keep the answer
-    if heatmaps.is_cuda or torch.jit.is_tracing() or bool(value.isnan().any()):
+    # asking a GPU would wait for it, and an exported program would keep the answer
+    always = heatmaps.is_cuda or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if always or bool(value.isnan().any()):
         value, index = torch.nan_to_num(heatmaps, nan=0.0).flatten(2).max(dim=2)
     index = torch.where(value > 0, index, torch.zeros_like(index))
     y = torch.div(index, width, rounding_mode="floor")
