@@ -140,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a program from crops (uint8 RGB [B, 3, h, w]) to keypoints and scores, instead of to heatmaps",
     )
+    p.add_argument("--codec", help="softmax, msra, dark or udp, for weights of others that do not tell")
+    p.add_argument("--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images, likewise")
     p.add_argument("output", metavar="FILE", help="e.g. mobileposenet.pt")
     p.set_defaults(run=_export)
 
@@ -399,9 +401,9 @@ def _validate_data(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from fastpose.checkpoints import describe_weights, find_architecture
-    from fastpose.codecs import HeatmapCodec
-    from fastpose.export import export_onnx, export_torchscript, export_weights
-    from fastpose.models._registry import create_from, model_entry, read_weights
+    from fastpose.codecs import HeatmapCodec, get_codec
+    from fastpose.export import ExportError, export_onnx, export_torchscript, export_weights
+    from fastpose.models._registry import create_from, is_bottom_up, model_entry, read_weights
 
     checkpoint = read_weights(options.weights, options.model)
     model, info = create_from(checkpoint, options.model), checkpoint.info()
@@ -415,22 +417,37 @@ def _export(options: argparse.Namespace) -> int:
         return 0
     if options.bits:
         raise ValueError("--bits is about weights: --format safetensors")
+    if options.codec and not options.keypoints:
+        raise ValueError("--codec is about --keypoints")
     name, _, _ = find_architecture(checkpoint, options.model)
     size = model_entry(name).input_size if info is None else info.input_size
-    codec = describe_weights(checkpoint, options.model).codec if options.keypoints else None
-    if not isinstance(codec, HeatmapCodec | None):
-        raise ValueError(f"--keypoints: {name} is bottom-up; grouping keypoints into people cannot be exported")
-    if options.format == "onnx":
-        if options.fused:
-            raise ValueError("--fused is about TorchScript: other runtimes do not know fastpose's kernels")
-        worst = export_onnx(model, options.output, size, codec)
-        needs = f"any batch of {size[0]}x{size[1]}, compared by ONNX Runtime"
-    else:
-        worst = export_torchscript(model, options.output, size, options.fused, codec)
-        needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
+    height, width = size = tuple(options.input_size or size)
+    codec: HeatmapCodec | None = None
+    if options.keypoints:
+        used = get_codec(options.codec) if options.codec else describe_weights(checkpoint, options.model).codec
+        if is_bottom_up(name) or not isinstance(used, HeatmapCodec):
+            raise ValueError(f"--keypoints: {name} is bottom-up; grouping keypoints into people cannot be exported")
+        codec = used
+    try:
+        if options.format == "onnx":
+            if options.fused:
+                raise ValueError("--fused is about TorchScript: other runtimes do not know fastpose's kernels")
+            worst = export_onnx(model, options.output, size, codec)
+            needs = f"any batch of {height}x{width}, compared by ONNX Runtime"
+        else:
+            worst = export_torchscript(model, options.output, size, options.fused, codec)
+            needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
+    except ExportError as error:
+        print(f"fastpose: error: {error}", file=sys.stderr)
+        return 1
     print(f"{options.output}: {needs}; largest difference {worst:.1e} of the maximum")
     if codec is not None:
-        print(f"uint8 RGB crops [B, 3, {size[0]}, {size[1]}] -> keypoints [B, K, 2] in crop pixels, scores [B, K]")
+        padding = 1.25 if info is None else info.padding
+        print(
+            f"  uint8 RGB crops [B, 3, {height}, {width}] -> keypoints [B, K, 2] in crop pixels, scores [B, K]\n"
+            f"  a crop as it was trained with: fastpose.geometry.crop_matrix(box, {(height, width)}, {padding:g}, "
+            f'convention="{codec.convention}")'
+        )
     return 0
 
 

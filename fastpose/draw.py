@@ -29,7 +29,9 @@ def draw_poses(image: Array, poses: Poses, threshold: float) -> Array:
     colours = [side_colour(name) for name in names]
     bits = 4  # fractional bits of cv2's coordinates
     limit = 2**15
-    for points, scores, box in zip(poses.keypoints, poses.keypoint_scores, poses.boxes, strict=True):
+    numbers = np.zeros(len(poses), int) if poses.track_ids is None else poses.track_ids
+    people = zip(poses.keypoints, poses.keypoint_scores, poses.boxes, numbers, strict=True)
+    for points, scores, box, number in people:
         size = float(max(box[2] - box[0], box[3] - box[1], 1.0))
         width = int(np.clip(round(size / 90), 1, 12))
         visible = (scores >= threshold) & np.isfinite(points).all(-1)
@@ -42,10 +44,10 @@ def draw_poses(image: Array, poses: Poses, threshold: float) -> Array:
         for i in np.flatnonzero(visible):
             cv2.circle(canvas, at[i], (width + 2) * 2**bits, (0, 0, 0), -1, cv2.LINE_AA, bits)
             cv2.circle(canvas, at[i], (width + 1) * 2**bits, colours[i], -1, cv2.LINE_AA, bits)
-    for number, box in zip([] if poses.track_ids is None else poses.track_ids, poses.boxes, strict=False):
-        scale = float(np.clip(max(box[2] - box[0], box[3] - box[1]) / 200, 0.4, 2.0))
-        corner = [int(v) for v in np.clip(np.nan_to_num(box[:2]), [0, 24 * scale], limit)]
-        width = max(1, round(2 * scale))
-        for colour, line in (((0, 0, 0), width + 3), ((255, 255, 255), width)):
-            cv2.putText(canvas, str(number), corner, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, line, cv2.LINE_AA)
+        if poses.track_ids is not None and visible.any():
+            scale = float(np.clip(size / 200, 0.4, 2.0))
+            corner = [int(v) for v in np.clip(np.nan_to_num(box[:2]), [0, 24 * scale], limit)]
+            width = max(1, round(2 * scale))
+            for colour, line in (((0, 0, 0), width + 3), ((255, 255, 255), width)):
+                cv2.putText(canvas, str(number), corner, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, line, cv2.LINE_AA)
     return canvas

@@ -3,6 +3,7 @@
 # no `from __future__ import annotations` here: TorchScript must see Final[...] itself, not its text
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastpose.checkpoints import WeightsInfo, save_weights
 from fastpose.codecs import HeatmapCodec
 from fastpose.files import write_atomically
 from fastpose.ops import set_fused
-from fastpose.pipeline import estimate_crops
+from fastpose.pipeline import keypoints_of_crops
 from fastpose.plan import NotOptimizable, optimize
 from fastpose.preprocess import normalize
 
@@ -36,6 +37,10 @@ def export_weights(model: nn.Module, path: str | Path, info: WeightsInfo, bits: 
     save_weights(path, state, info, torch.int8 if bits == 8 else torch.float16)
 
 
+class ExportError(RuntimeError):
+    """A network could not be written, or the file computes something else; the message says which and how far off."""
+
+
 def export_torchscript(
     model: nn.Module,
     path: str | Path,
@@ -52,12 +57,14 @@ def export_torchscript(
             the process that loads it; one without runs on plain torch.
         codec: with it the file takes crops, uint8 RGB [B, 3, *input_size], and returns keypoints float32 [B, K, 2],
             (x, y) in crop pixels, and scores float32 [B, K], as `pipeline.estimate_crops` does without a flip test.
+            Such a file runs on the CPU only.
 
     Returns:
-        The largest difference between the file's and the model's outputs, relative to the largest output.
+        The largest difference between the file's and the model's heatmaps, relative to the largest number in them.
 
     Raises:
-        RuntimeError: `fused` without the kernels, or a difference above 1e-4 (nothing is written then).
+        ExportError: `fused` without the kernels, a difference above 1e-4, keypoints that differ by more than 0.01
+            pixels (nothing is written then).
     """
     with _layers(model, fused):
         x = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(0))
@@ -80,7 +87,12 @@ def export_torchscript(
             write(temporary)
             whole = torch.jit.script(_KeypointsOfCrops(network, codec, expected[0], input_size).eval())
             torch.jit.save(torch.jit.freeze(whole), str(temporary))
-            _check_keypoints(torch.jit.load(str(temporary)), program, codec, input_size)
+            file = torch.jit.load(str(temporary))
+            for batch in (1, 3):  # it was traced with 2
+                crops = _crops(batch, input_size)
+                with torch.no_grad():
+                    # of the same network, so that not even the maximum of a flat map may be elsewhere
+                    _check_keypoints(file(crops), keypoints_of_crops(program, crops, codec), path, 0.0)
 
         differences: list[float] = []
         write_atomically(path, write if codec is None else write_with_decoder)
@@ -90,7 +102,7 @@ def export_torchscript(
 class _KeypointsOfCrops(nn.Module):
     """A network between what `estimate_crops` does before and after it, which is traced.
 
-    Nothing there depends on the numbers, and on the size of the crops only, which is checked.
+    Nothing there depends on the numbers, and on the size of the crops only, which is checked. The trace keeps the CPU.
     """
 
     height: Final[int]
@@ -120,15 +132,24 @@ def _normalize(crops: Tensor) -> Tensor:
     return normalize(crops).contiguous(memory_format=torch.channels_last)
 
 
-def _check_keypoints(file: nn.Module, network: nn.Module, codec: HeatmapCodec, input_size: tuple[int, int]) -> None:
-    """Raise RuntimeError unless `file` gives the keypoints of `network`, for batches it was not traced with."""
-    for batch in (1, 3):
-        generator = torch.Generator().manual_seed(batch)
-        crops = torch.randint(0, 256, (batch, 3, *input_size), dtype=torch.uint8, generator=generator)
-        for got, expected in zip(file(crops), estimate_crops(network, crops, codec, None), strict=True):
-            worst = float((got - expected).abs().max())
-            if not worst <= 0.01:
-                raise RuntimeError(f"the exported file's keypoints or scores differ by {worst:.3g} pixels")
+def _crops(batch: int, size: tuple[int, int]) -> Tensor:
+    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(batch))
+
+
+def _check_keypoints(got: Sequence[Tensor], expected: Sequence[Tensor], path: str | Path, share: float) -> float:
+    """The largest difference between the scores of two results of `keypoints_of_crops`, relative to the largest score.
+
+    Raises:
+        ExportError: scores differ by more than 1e-3 of the largest, or positions by more than 0.01 pixels: more than a
+            `share` of all, or of one keypoint those in more than half of the crops.
+    """
+    worst = _relative(got[1:], expected[1:], path, 1e-3)
+    far = ~((got[0] - expected[0]).abs().amax(2) <= 0.01)
+    if far.float().mean() > share or far.float().mean(0).max() > max(0.5, share):
+        raise ExportError(
+            f"{path}: {int(far.sum())} of {far.numel()} exported keypoints are more than 0.01 pixels from the network's"
+        )
+    return worst
 
 
 def export_onnx(
@@ -146,7 +167,8 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        RuntimeError: a difference above 1e-4, of scores above 1e-3 (nothing is written then).
+        ExportError: the exporter or ONNX Runtime does not take the network; a difference above 1e-4; of scores above
+            1e-3; positions that differ in more than a tenth of the cases (nothing is written then).
     """
     try:
         import onnxruntime
@@ -154,18 +176,15 @@ def export_onnx(
     except ImportError as error:
         raise ImportError(f"export to ONNX needs the extra 'onnx', pip install 'fastpose[onnx]': {error}") from None
 
-    with _layers(model, False):
+    with _layers(model, False), torch.no_grad():
         module = model if codec is None else _Decoded(model, codec).eval()
         name, outputs = ("images", None) if codec is None else ("crops", ["keypoints", "scores"])
 
         def images(batch: int) -> Tensor:
-            generator = torch.Generator().manual_seed(batch)
-            if codec is None:
-                return torch.randn(batch, 3, *input_size, generator=generator)
-            return torch.randint(0, 256, (batch, 3, *input_size), dtype=torch.uint8, generator=generator)
+            crops = _crops(batch, input_size)
+            return normalize(crops) if codec is None else crops
 
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # about what the exporter works without
+        def write(temporary: Path) -> None:
             program: Any = torch.onnx.export(
                 module,
                 (images(2),),
@@ -175,26 +194,26 @@ def export_onnx(
                 output_names=outputs,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=2**16)},),
             )
-
-        def write(temporary: Path) -> None:
             program.save(str(temporary), external_data=False)
             session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
             for batch in (1, 3):
                 x = images(batch)
-                with torch.no_grad():
-                    expected = _outputs(module(x))
                 got = [torch.from_numpy(output) for output in session.run(None, {name: x.numpy()})]
                 if codec is None:
-                    differences.append(_relative(got, expected, path, 1e-4))
-                    continue
-                # in a flat map rounding decides where the maximum is: not every position must be the same
-                far = (got[0] - expected[0]).abs().amax(2) > 0.1
-                if far.float().mean() > 0.1:
-                    raise RuntimeError(f"{path}: {int(far.sum())} of {far.numel()} exported keypoints differ")
-                differences.append(_relative(got[1:], expected[1:], path, 1e-3))
+                    differences.append(_relative(got, _outputs(module(x)), path, 1e-4))
+                else:
+                    # where the maximum of a flat map is, rounding decides
+                    differences.append(_check_keypoints(got, module(x), path, 0.1))
 
         differences: list[float] = []
-        write_atomically(path, write)
+        try:
+            with warnings.catch_warnings(), _quiet():
+                warnings.simplefilter("ignore")
+                write_atomically(path, write)
+        except ExportError:
+            raise
+        except Exception as error:  # whatever the exporter and ONNX Runtime, which have many, raise
+            raise ExportError(f"{path}: not exported: {type(error).__name__}: {error}") from error
         return max(differences)
 
 
@@ -206,14 +225,28 @@ class _Decoded(nn.Module):
         self.network, self.codec = network, codec
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        return self.codec.decode(self.codec.heatmaps(self.network(_normalize(crops))))
+        return keypoints_of_crops(self.network, crops, self.codec)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter logs about packages that it works without."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager
 def _layers(model: nn.Module, fused: bool) -> Iterator[None]:
     """The model in eval mode, its layers for a while fused or not."""
     before = [(m, m.fused) for m in model.modules() if hasattr(m, "fused")]
-    set_fused(model.eval(), fused)
+    try:
+        set_fused(model.eval(), fused)
+    except RuntimeError as error:
+        raise ExportError(str(error)) from None
     try:
         yield
     finally:
@@ -225,12 +258,17 @@ def _relative(got: Sequence[Tensor], expected: Sequence[Tensor], path: str | Pat
     """The largest difference, of each output in units of the largest number expected.
 
     Raises:
-        RuntimeError: it is above `limit`, or not a number.
+        ExportError: it is above `limit`, or not a number.
     """
-    parts = [(g - e).abs().max() / e.abs().max() for g, e in zip(got, expected, strict=True)]
+    parts = [
+        (g - e).abs().max() / e.abs().max().clamp(min=torch.finfo(e.dtype).tiny)
+        for g, e in zip(got, expected, strict=True)
+    ]
     worst = float(torch.stack(parts).max())
     if not worst <= limit:
-        raise RuntimeError(f"{path}: the exported file's outputs differ by {worst:.2e} of their maximum")
+        raise ExportError(
+            f"{path}: the exported file's outputs differ by {worst:.2e} of their maximum, at most {limit:g} is allowed"
+        )
     return worst
 
 

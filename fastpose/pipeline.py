@@ -492,6 +492,13 @@ def _all_poses(results: Results) -> list[Poses]:
 def estimate_crops(
     model: nn.Module, crops: Tensor, codec: HeatmapCodec, flip_indices: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
+    """`keypoints_of_crops` in inference mode."""
+    return keypoints_of_crops(model, crops, codec, flip_indices)
+
+
+def keypoints_of_crops(
+    model: nn.Module, crops: Tensor, codec: HeatmapCodec, flip_indices: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Keypoints [B, K, 2] in crop pixels and scores [B, K] from uint8 RGB crops [B, 3, h, w].
 
     flip_indices: of the skeleton, for the flip test; None to go without.

@@ -17,6 +17,7 @@ import torch
 
 from fastpose.ops.oks_nms import oks_matrix
 from fastpose.poses import Array, Poses
+from fastpose.skeletons import Skeleton
 
 
 @dataclass(eq=False)
@@ -41,8 +42,8 @@ class Tracker:
         smooth: filter the keypoints. The filter's delay is 1 / (2 pi f) seconds for the frequency f of `cutoff` and
             `beta`: 0.1 s for a keypoint at rest, 14 ms for one that moves half a person per second.
         least_oks: a pose this similar to a person's last one, or less, is somebody else.
-        patience: seconds after which a person that is not seen is forgotten.
-        keypoint_threshold: keypoints that score less do not count for the similarity.
+        patience: a person that was not in the frame before is forgotten this many seconds after the last one.
+        keypoint_threshold: keypoints that score no more do not count for the similarity.
         cutoff: frequency in Hz up to which movements pass when the keypoint rests; lower is smoother.
         beta: by how many Hz that frequency rises at a speed of one person per second, the longer side of whose box is
             the unit; higher lags less.
@@ -65,30 +66,39 @@ class Tracker:
         for name, value in (("fps", fps), ("cutoff", cutoff)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name, value in (("least_oks", least_oks), ("patience", patience), ("beta", beta)):
+        for name, value in (("patience", patience), ("beta", beta)):
             if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        for name, value in (("least_oks", least_oks), ("keypoint_threshold", keypoint_threshold)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
         self.fps, self.smooth = fps, smooth
         self.least_oks, self.patience, self.keypoint_threshold = least_oks, patience, keypoint_threshold
         self.cutoff, self.beta = cutoff, beta
         self.time = -math.inf
+        self.skeleton: Skeleton | None = None
         self.tracks: list[_Track] = []
         self.people = 0  # so far
 
     def __call__(self, poses: Poses, time: float | None = None) -> Poses:
-        """The poses with `track_ids`, which count from 1, and smoothed; in the same order.
+        """The poses with `track_ids`, which count from 1, and keypoints smoothed; in the same order.
+
+        A pose without any keypoint that scores more than `keypoint_threshold` is nobody: it gets the number 0.
 
         time: of the frame in seconds; by default 1 / fps after the one before.
 
         Raises:
-            ValueError: `time` is not after that of the frame before.
+            ValueError: `time` is not after that of the frame before; poses of another skeleton.
         """
         if time is None:
-            time = max(self.time + 1 / self.fps, 0.0)
-        if not time > self.time:
+            time = 0.0 if self.time == -math.inf else self.time + 1 / self.fps
+        if not self.time < time < math.inf:
             raise ValueError(f"frames must come in order: {time} s after {self.time} s")
-        self.time = time
-        self.tracks = [t for t in self.tracks if time - t.time <= self.patience + 0.5 / self.fps]
+        if self.skeleton not in (None, poses.skeleton):
+            raise ValueError(f"the poses before had skeleton {self.skeleton.name}, now it is {poses.skeleton.name}")
+        since = time - self.patience - 0.5 / self.fps  # half a frame for rounding
+        self.tracks = [t for t in self.tracks if t.time == self.time or t.time >= since]
+        self.time, self.skeleton = time, poses.skeleton
         there = np.isfinite(poses.keypoints).all(2) & (poses.keypoint_scores > 0)
         visible = there & (poses.keypoint_scores > self.keypoint_threshold)
         sides = np.maximum(poses.boxes[:, 2:] - poses.boxes[:, :2], 0)
@@ -96,12 +106,14 @@ class Tracker:
         keypoints, numbers = poses.keypoints.copy(), np.zeros(len(poses), np.int64)
         for i in range(len(poses)):
             track = known.get(i)
+            if not visible[i].any():
+                continue
             if track is None:
                 self.people += 1
-                new, none = poses.keypoints[i], np.zeros_like(there[i])
+                new, none = keypoints[i].copy(), np.zeros_like(there[i])
                 track = _Track(self.people, time, new, none, none, 0.0, new, np.zeros_like(new))
                 self.tracks.append(track)
-            self._update(track, poses.keypoints[i], there[i], float(sides[i].max()))
+            self._update(track, keypoints[i].copy(), there[i], float(sides[i].max()))
             track.visible, track.area = visible[i], float(sides[i].prod())
             numbers[i] = track.number
             if self.smooth:
@@ -150,12 +162,22 @@ def _gain(cutoff: Array | float, step: float) -> Array:
     return turns / (1 + turns)
 
 
-def track(frames: Iterable[object], fps: float, **settings: Any) -> Iterator[Poses]:
-    """The poses of consecutive frames, such as `PoseEstimator.stream` gives, through a `Tracker` with `settings`.
+def track(results: Iterable[Poses | ValueError], fps: float, **settings: Any) -> Iterator[Poses | ValueError]:
+    """What `PoseEstimator.stream` gives for consecutive frames, its poses through a `Tracker` with `settings`.
 
-    What is not `Poses`, the errors of frames that cannot be used, is left out and counts as a frame that was not seen.
+    The errors of frames that cannot be used are passed on.
+
+    Raises:
+        ValueError: settings, see `Tracker`. TypeError: something that is neither poses nor an error, such as images.
     """
-    tracker = Tracker(fps, **settings)
-    for number, poses in enumerate(frames):
-        if isinstance(poses, Poses):
-            yield tracker(poses, number / fps)
+    return _track(results, Tracker(fps, **settings))
+
+
+def _track(results: Iterable[Poses | ValueError], tracker: Tracker) -> Iterator[Poses | ValueError]:
+    for number, result in enumerate(results):
+        if isinstance(result, Poses):
+            yield tracker(result, number / tracker.fps)
+        elif isinstance(result, ValueError):
+            yield result
+        else:
+            raise TypeError(f"track takes the results of PoseEstimator.stream, got {type(result).__name__}")

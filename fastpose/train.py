@@ -118,9 +118,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
             x = normalize(pixels).contiguous(memory_format=torch.channels_last)
             with _autocast(config, device):
                 outputs = network(x)
-            loss = _loss(config, outputs, targets)
-            if teacher is not None:
-                loss = torch.lerp(loss, teacher.loss(x, outputs, targets), config.teacher_weight)
+            loss = _loss(config, outputs, targets) if teacher is None else teacher.loss(x, outputs, targets)
             value = float(loss.detach())
             if not math.isfinite(value):
                 _fail(output, step, batch, f"loss is {value}")

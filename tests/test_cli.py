@@ -18,7 +18,7 @@ from fastpose import images, predict
 from fastpose.checkpoints import read_info
 from fastpose.cli import main
 from fastpose.codecs import get_codec
-from fastpose.export import export_onnx, export_torchscript
+from fastpose.export import ExportError, export_onnx, export_torchscript
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
 from fastpose.models import create_model
 from fastpose.pipeline import PoseEstimator, estimate_crops
@@ -235,7 +235,9 @@ def test_export_of_a_checkpoint_of_others(tmp_path):
 def test_export_of_keypoints(folder, capsys, fused):
     file = folder / "keypoints.pt"
     assert main(["export", "--keypoints", str(file), *(["--fused"] if fused else [])]) == 0
-    assert "uint8 RGB crops [B, 3, 160, 160] -> keypoints [B, K, 2] in crop pixels" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "uint8 RGB crops [B, 3, 160, 160] -> keypoints [B, K, 2] in crop pixels" in said
+    assert 'crop_matrix(box, (160, 160), 1.1, convention="fastpose")' in said
     pose = PoseEstimator(flip_test=False, detector="none", optimize=fused)
     photo = cv2.imread(str(folder / "in" / "0.jpg"))[..., ::-1]
     box = (20, 10, 250, 220)
@@ -285,18 +287,36 @@ def test_export_to_onnx(tmp_path, capsys):
 
 @needs_onnx
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
-    class Moved(onnxruntime.InferenceSession):
+    class Wrong(onnxruntime.InferenceSession):
+        kind = ""
+
         def run(self, names, inputs):
-            return [output + 3 for output in super().run(names, inputs)]
+            outputs = super().run(names, inputs)
+            if self.kind == "scores":
+                outputs[1] = outputs[1] + 0.1
+            elif self.kind == "heatmaps":
+                outputs[0] = outputs[0] + 3
+            else:
+                outputs[0][:, 5] = np.nan if self.kind == "nan" else 7
+            return outputs
 
     model = create_model("mobileposenet", weights="default")
     with monkeypatch.context() as patch:
-        patch.setattr(onnxruntime, "InferenceSession", Moved)
-        for codec, message in ((None, "outputs differ by"), (get_codec("msra"), "14 of 14 exported keypoints differ")):
-            with pytest.raises(RuntimeError, match=message):
+        patch.setattr(onnxruntime, "InferenceSession", Wrong)
+        for kind, codec, message in (
+            ("heatmaps", None, "outputs differ by .* at most 0.0001 is allowed"),
+            ("scores", get_codec("msra"), "outputs differ by .* at most 0.001 is allowed"),
+            ("one keypoint", get_codec("msra"), "1 of 14 exported keypoints are more than 0.01 pixels"),
+            ("nan", get_codec("msra"), "1 of 14 exported keypoints are more than 0.01 pixels"),
+        ):
+            Wrong.kind = kind
+            with pytest.raises(ExportError, match=message):
                 export_onnx(model, tmp_path / "a.onnx", (64, 64), codec)
     model.head.bias.data[2] = torch.nan
-    with pytest.raises(RuntimeError, match="outputs differ by nan"):
+    with pytest.raises(ExportError, match="outputs differ by nan"):
+        export_onnx(model, tmp_path / "a.onnx", (64, 64))
+    model.forward = lambda x: torch.special.bessel_j0(x)
+    with pytest.raises(ExportError, match="a.onnx: not exported: "):
         export_onnx(model, tmp_path / "a.onnx", (64, 64))
     assert not list(tmp_path.iterdir())
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -332,7 +352,7 @@ def test_every_decoder_is_exported(tmp_path, codec, format):
 
     if format == "torchscript":
         model.head.bias.data[2] = torch.nan
-        with pytest.raises(RuntimeError, match="differ by nan of their maximum"):
+        with pytest.raises(ExportError, match="differ by nan of their maximum"):
             write(model, tmp_path / "nan.pt", (64, 96), codec=decoder)
         assert not (tmp_path / "nan.pt").exists()
 
@@ -344,7 +364,24 @@ def test_keypoints_of_what_cannot_be_exported(tmp_path, capsys):
     assert f"{name} is bottom-up; grouping keypoints into people cannot be exported" in capsys.readouterr().err
     assert main(["export", "--keypoints", "--format", "safetensors", str(tmp_path / "k.pt")]) == 2
     assert "--keypoints is about programs, not weights" in capsys.readouterr().err
+    assert main(["export", "--codec", "udp", str(tmp_path / "k.pt")]) == 2
+    assert "--codec is about --keypoints" in capsys.readouterr().err
     assert not (tmp_path / "k.pt").exists()
+
+
+def test_keypoints_of_weights_of_others(tmp_path, capsys, monkeypatch):
+    weights, target = tmp_path / "w.pth", tmp_path / "k.pt"
+    torch.save(create_model("mobileposenet", num_keypoints=5).state_dict(), weights)
+    arguments = ["export", "--keypoints", "--weights", str(weights), "--input-size", "64", "96", str(target)]
+    assert main(arguments) == 2 and "have 5 keypoints, but do not say which" in capsys.readouterr().err
+    assert main([*arguments, "--codec", "udp"]) == 0
+    assert 'crop_matrix(box, (64, 96), 1.25, convention="udp")' in capsys.readouterr().out
+    points, _ = torch.jit.load(target)(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+    assert points.shape == (2, 5, 2)
+    target.unlink()
+    monkeypatch.setattr("fastpose.export.keypoints_of_crops", lambda *a: (torch.zeros(1, 5, 2) + 9, torch.zeros(1, 5)))
+    assert main([*arguments, "--codec", "udp"]) == 1
+    assert "fastpose: error: " in capsys.readouterr().err and not target.exists()
 
 
 def test_models_table(tmp_path):

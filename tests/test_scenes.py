@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
 
 import cv2
@@ -36,7 +37,7 @@ from fastpose.skeletons import COCO17, LSP14
 from fastpose.train import train
 from fastpose.training.samples import load_split, make_dataset, open_store
 from fastpose.training.settings import Stage, TrainConfig
-from fastpose.training.teacher import Teacher
+from fastpose.training.teacher import Teacher, _window
 from tests import datasets
 from tests.test_train import same_run
 
@@ -299,16 +300,55 @@ def test_a_teacher_sees_each_person_of_a_scene(tmp_path, size):
             x, y = spots[i, n].int().tolist()
             images[i, :, y - 1 : y + 2, x - 1 : x + 2] = 255
     maps = teacher.scene_heatmaps(normalize(images), keypoints, valid, (48, 80))
-    assert maps.shape == (scenes + 2, 14, 48, 80) and not maps[scenes:].any()  # few labels, nobody
-    assert seen[0].shape == (2 * scenes, 3, *size)
-    assert torch.allclose(seen[0][0, :, 0, 0], normalize(images)[-1, :, 0, 0], atol=1e-5)  # black outside the image
+    assert maps.shape == (scenes + 2, 14, 48, 80) and not maps[scenes + 1].any()  # nobody
+    codec = teacher.codec
+    few, _ = codec.encode(keypoints[scenes:], valid[scenes:], (48, 80), 2)  # labels only
+    assert torch.allclose(maps[scenes] * 2 * math.pi * codec.sigma**2, few[0], atol=1e-6) and few[0].any()
+    seen = torch.cat(seen)
+    assert seen.shape == (2 * scenes, 3, *size)
+    assert torch.allclose(seen[0, :, 0, 0], normalize(images)[-1, :, 0, 0], atol=1e-5)  # black outside the image
     assert torch.allclose(maps[:scenes].sum((2, 3)), torch.tensor(2.0), atol=1e-4)
-    cells = 2 * torch.stack(torch.meshgrid(torch.arange(80), torch.arange(48), indexing="xy"), 2) + 0.5
+    # in the middle of the positions that belong to a cell
+    cells = 2 * torch.stack(torch.meshgrid(torch.arange(80), torch.arange(48), indexing="xy"), 2) + 1
     part = maps[:scenes, None, 5] * ((cells - spots[:, :, None, None]).abs().amax(4) < 8)
     assert (part.sum((2, 3)) - 1).abs().max() < 0.02
     error = (part[..., None] * cells).sum((2, 3)) - spots
     assert error.abs().max() < 1.5 and error.mean((0, 1)).abs().max() < 0.2  # a cell of the teacher is 2 pixels or so
     assert not teacher.scene_heatmaps(normalize(images), keypoints[:, :0], valid[:, :0], (48, 80)).any()
+
+    # a keypoint outside the image is none
+    teacher.model = lambda crops: (
+        20 * F.pad(torch.ones(len(crops), 14, 1, 1), (0, size[1] // 4 - 1, 0, size[0] // 4 - 1))
+    )
+    keypoints, valid = torch.rand(2, 1, 14, 2) * 40, torch.ones(2, 1, 14, dtype=torch.bool)
+    keypoints[1] += 100
+    maps = teacher.scene_heatmaps(torch.zeros(2, 3, 256, 256), keypoints, valid, (128, 128))
+    assert not maps[0].any() and torch.allclose(maps[1].sum((1, 2)), torch.tensor(1.0), atol=1e-3)
+
+
+def test_windows_average_what_they_shrink():
+    maps = torch.rand(3, 2, 60, 90)
+    zoom, offset = torch.tensor([[1.0, 1.0], [0.5, 0.5], [0.25, 0.5]]), torch.tensor([[0.0, 0.0], [0.5, -0.5], [0, 0]])
+    small = _window(maps, zoom, offset, (20, 30))
+    assert torch.allclose(small[0], F.avg_pool2d(maps[0], 3), atol=1e-5)
+    same = _window(maps, zoom, offset, (60, 90))
+    assert torch.allclose(same[0], maps[0], atol=1e-5)
+    enlarged = F.interpolate(maps[1:2], scale_factor=2, mode="bilinear", align_corners=False)[0, :, :60, 90:]
+    assert torch.allclose(same[1][:, 1:-1, 1:-1], enlarged[:, 1:-1, 1:-1], atol=1e-5)
+    assert not _window(maps, zoom, offset + 5, (60, 90)).any()
+
+
+def test_masked_cells_do_not_imitate():
+    codec = AssociativeEmbeddingCodec(position=1.0)
+    outputs, heatmaps = [torch.randn(1, 4, 8, 8), torch.randn(1, 2, 16, 16)], torch.rand(1, 2, 16, 16)
+    mask = torch.ones(1, 32, 32, dtype=torch.bool)
+    mask[:, :16] = False
+    loss = codec.imitation_loss(outputs, heatmaps, mask)
+    half = AssociativeEmbeddingCodec(position=1.0).imitation_loss(
+        [o[:, :, o.shape[2] // 2 :] for o in outputs], heatmaps[:, :, 8:]
+    )
+    assert float(loss) == pytest.approx(float(half), rel=1e-5)
+    assert float(codec.imitation_loss(outputs, heatmaps)) != pytest.approx(float(half), rel=1e-3)
 
 
 def test_a_bottom_up_network_learns_from_a_teacher(tmp_path):
@@ -327,16 +367,19 @@ def test_a_bottom_up_network_learns_from_a_teacher(tmp_path):
     batch = collate_scenes([make_dataset(config, store, config.stages[0], 0)[i] for i in range(14)])
     images, teacher = normalize(batch[0]), Teacher(config, LSP14, torch.device("cpu"))
     model = fastpose.create_model("lightweight_hrnet_448", num_keypoints=14, r=-8).eval()
-    loss = {}
+    target, apart = teacher.scene_heatmaps(images, batch[1], batch[2], (32, 32)), {}
     for name in ("none", "1"):
         model.load_state_dict(weights[name])
         with torch.no_grad():
             outputs = model(images)
-            loss[name] = float(teacher.loss(images, outputs, batch[1:]))
-    assert loss["1"] < 0.97 * loss["none"]
-    target = teacher.scene_heatmaps(images, batch[1], batch[2], (32, 32))
-    by_hand = position_loss(outputs[1], target) + position_loss(outputs[0][:, :14], F.avg_pool2d(target, 2))
-    assert loss["1"] == pytest.approx(0.05 * float(by_hand), rel=1e-4)
+        apart[name] = position_loss(outputs[1], target) + position_loss(outputs[0][:, :14], F.avg_pool2d(target, 2))
+    assert apart["1"] < 0.97 * apart["none"]
+    assert config.codec.imitation_loss(outputs, target) == pytest.approx(0.05 * float(apart["1"]), rel=1e-4)
+    # heights and tags are learnt from the labels whatever the teacher's share
+    teacher.weight = 0.6
+    labels = [replace(config.codec, position=p).loss(outputs, *batch[1:]) for p in (0.0, 0.05)]
+    expected = labels[0] + 0.4 * (labels[1] - labels[0]) + 0.6 * 0.05 * apart["1"]
+    assert float(teacher.loss(images, outputs, batch[1:])) == pytest.approx(float(expected), rel=1e-4)
 
 
 class Finder:

@@ -12,7 +12,7 @@ import pytest
 
 from fastpose import ImageError, Poses, Tracker, track
 from fastpose.cli import main
-from fastpose.skeletons import LSP14
+from fastpose.skeletons import COCO17, LSP14
 from fastpose.video import write_video
 
 SHAPE = np.random.default_rng(3).uniform(0, 1, (14, 2)) * [60, 100]  # a person of 100 pixels
@@ -151,10 +151,32 @@ def test_keypoints_that_come_and_go_start_anew():
 
 def test_of_what_cannot_be_used_nothing_is_known():
     tracker = Tracker(25)
-    nothing = people((0, 0), (0, 0), scores=np.zeros((2, 14)))
-    assert tracker(nothing).track_ids.tolist() == [1, 2] and tracker(nothing).track_ids.tolist() == [3, 4]
-    frames = [people((0, 0)), ImageError("broken"), people((1, 0)), *[ImageError("broken")] * 30, people((2, 0))]
-    assert [p.track_ids.tolist() for p in track(frames, 25)] == [[1], [1], [2]]  # a second is too long
+    unsure = people((0, 0), (90, 0), scores=np.array([[0.1] * 14, [0.0] * 13 + [0.2]]))
+    for _ in range(2):
+        got = tracker(unsure)
+        assert got.track_ids.tolist() == [0, 1] and np.array_equal(got.keypoints[0], unsure.keypoints[0])
+    error = ImageError("broken")
+    frames = [people((0, 0)), error, people((1, 0)), *[error] * 30, people((2, 0))]
+    got = list(track(frames, 25))
+    assert len(got) == len(frames) and got[1] is error
+    assert [p.track_ids.tolist() for p in got if p is not error] == [[1], [1], [1]]
+    with pytest.raises(TypeError, match="track takes the results of PoseEstimator.stream, got str"):
+        list(track(["clip.mp4"], 25))
+    with pytest.raises(ValueError, match="fps must be positive"):
+        track(frames, 0)
+
+
+def test_whoever_is_in_the_next_frame_is_known_however_late_it_comes():
+    for tracker in (Tracker(25, patience=0), Tracker(0.2)):
+        assert numbers(tracker, (0, 0)) == numbers(tracker, (2, 0)) == [1]
+        assert numbers(tracker) == [] and numbers(tracker, (2, 0)) == [2]
+
+
+def test_later_changes_of_poses_change_nothing():
+    tracker, poses = Tracker(25, smooth=False), people((0, 0))
+    poses = tracker(poses)
+    poses.keypoints[:] = 1e4
+    assert numbers(tracker, (1, 0)) == [1]
 
 
 def test_settings_are_checked():
@@ -162,7 +184,9 @@ def test_settings_are_checked():
         ({"fps": 0.0}, "fps must be positive and finite, got 0.0"),
         ({"fps": math.nan}, "fps must be positive and finite, got nan"),
         ({"fps": 25, "cutoff": -1.0}, "cutoff must be positive and finite, got -1.0"),
-        ({"fps": 25, "least_oks": -0.1}, "least_oks must not be negative, got -0.1"),
+        ({"fps": 25, "patience": -0.1}, "patience must not be negative, got -0.1"),
+        ({"fps": 25, "least_oks": 1.0}, "least_oks must be at least 0 and less than 1, got 1.0"),
+        ({"fps": 25, "keypoint_threshold": math.nan}, "keypoint_threshold must be at least 0 and less than 1, got nan"),
         ({"fps": 25, "beta": math.nan}, "beta must not be negative, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -171,6 +195,11 @@ def test_settings_are_checked():
     tracker(people((0, 0)), 1.0)
     with pytest.raises(ValueError, match=r"frames must come in order: 1\.0 s after 1\.0 s"):
         tracker(people((0, 0)), 1.0)
+    with pytest.raises(ValueError, match="frames must come in order: inf s"):
+        tracker(people((0, 0)), math.inf)
+    with pytest.raises(ValueError, match="the poses before had skeleton lsp14, now it is coco17"):
+        tracker(Poses.empty((9, 9), COCO17))
+    assert tracker(people((1, 0))).track_ids.tolist() == [1]  # nothing happened
     with pytest.raises(ValueError, match=r"Poses.track_ids must be \[1\], got \[2\]"):
         Poses(**{**vars(people((0, 0))), "track_ids": [1, 2]})
 

@@ -312,9 +312,11 @@ def test_a_teacher_is_imitated(lspet, tmp_path):
     target = SoftmaxHeatmapCodec().heatmaps(logits["teacher"])
     apart = {k: float(SoftmaxHeatmapCodec().imitation_loss(v, target)) for k, v in logits.items()}
     assert apart["teacher"] < apart["1"] < apart["none"]
-    settings = short(lspet, tmp_path / "x", teacher=str(teacher))
-    loss = Teacher(settings, LSP14, torch.device("cpu")).loss(images, logits["none"], [])
-    assert float(loss) == pytest.approx(apart["none"], rel=1e-4)
+    settings = short(lspet, tmp_path / "x", teacher=str(teacher), teacher_weight=0.7)
+    targets = [48 * torch.rand(4, 14, 2), torch.ones(4, 14, dtype=torch.bool)]
+    loss = Teacher(settings, LSP14, torch.device("cpu")).loss(images, logits["none"], targets)
+    labels = float(SoftmaxHeatmapCodec().loss(logits["none"], *targets))
+    assert float(loss) == pytest.approx(0.3 * labels + 0.7 * apart["none"], rel=1e-4)
 
 
 def test_unfit_teachers_are_named(lspet, tmp_path):
@@ -324,12 +326,12 @@ def test_unfit_teachers_are_named(lspet, tmp_path):
     for changes, message in (
         (
             {"teacher": weights, "codec": UDPHeatmapCodec()},
-            "makes heatmaps of codec 'softmax', the run with 'udp' needs 'udp'",
+            "makes heatmaps of codec 'softmax', expected 'udp'",
         ),
         ({"teacher": str(other)}, "expected a weights file of fastpose"),
         ({"teacher": "lite_csw"}, "weights 'lite_csw': no such file"),
         ({"teacher": weights, "teacher_weight": 2.0}, "teacher_weight must be between 0 and 1, got 2.0"),
-        ({"teacher": weights, "model": "lightweight_hrnet_448", "mosaic": 2}, "codec.position must be above 0"),
+        ({"teacher": weights, "model": "lightweight_hrnet_448", "mosaic": 2}, "codec.position must be above 0, got 0"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(short(lspet, tmp_path / "new", **changes), quiet=True)

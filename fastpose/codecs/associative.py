@@ -104,7 +104,7 @@ class AssociativeEmbeddingCodec:
             mask: [B, H, W] in input pixels, 0 where crowds or unlabelled people are; there heatmaps do not count.
         """
         k = keypoints.shape[2]
-        height, width = outputs[0].shape[2] * self.stride, outputs[0].shape[3] * self.stride
+        height = outputs[0].shape[2] * self.stride
         heatmap_loss = outputs[0].new_zeros(())
         for i, output in enumerate(outputs):
             size = (output.shape[2], output.shape[3])
@@ -115,11 +115,8 @@ class AssociativeEmbeddingCodec:
             squared = (output[:, :k] - target) ** 2
             if self.background != 1.0:
                 squared = torch.where(target > 0, squared, self.background * squared)
-            counts = None
-            if mask is not None:
-                if mask.shape[1:] != (height, width):
-                    raise ValueError(f"mask must be [B, {height}, {width}], got {list(mask.shape)}")
-                counts = F.adaptive_avg_pool2d(mask.to(output.dtype).unsqueeze(1), size) > 0.5
+            counts = self._counts(mask, outputs[0], size)
+            if counts is not None:
                 squared = squared * counts
             heatmap_loss = heatmap_loss + squared.sum() / max(squared.numel(), 1)
             if self.position:
@@ -127,18 +124,29 @@ class AssociativeEmbeddingCodec:
         push, pull = tag_losses(outputs[0][:, k:], first_index)
         return heatmap_loss, push, pull
 
-    def imitation_loss(self, outputs: Sequence[Tensor], heatmaps: Tensor) -> Tensor:
+    def imitation_loss(self, outputs: Sequence[Tensor], heatmaps: Tensor, mask: Tensor | None = None) -> Tensor:
         """`position_loss` with where a trained network sees the keypoints, a scalar.
 
         It is summed over the resolutions, times `position`.
 
-        heatmaps: [B, K, h, w] of the finest resolution, or of a multiple of it, 0 everywhere where nothing is known.
+        heatmaps: [B, K, h, w] of the finest resolution; a map that is 0 everywhere does not count.
+        mask: as for `losses`.
         """
         total = outputs[0].new_zeros(())
         for output in outputs:
-            target = F.adaptive_avg_pool2d(heatmaps, (output.shape[2], output.shape[3]))
-            total = total + position_loss(output[:, : heatmaps.shape[1]], target)
+            size = (output.shape[2], output.shape[3])
+            target = F.adaptive_avg_pool2d(heatmaps, size)
+            total = total + position_loss(output[:, : heatmaps.shape[1]], target, self._counts(mask, outputs[0], size))
         return self.position * total
+
+    def _counts(self, mask: Tensor | None, first: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """The cells that count, bool [B, 1, *size], from a mask in pixels; `first` is the network's first output."""
+        if mask is None:
+            return None
+        height, width = first.shape[2] * self.stride, first.shape[3] * self.stride
+        if mask.shape[1:] != (height, width):
+            raise ValueError(f"mask must be [B, {height}, {width}], got {list(mask.shape)}")
+        return F.adaptive_avg_pool2d(mask.to(first.dtype).unsqueeze(1), size) > 0.5
 
     def aggregate(
         self,

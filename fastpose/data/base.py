@@ -210,6 +210,9 @@ def read_annotated(path: str | Path, size: tuple[int, int] | None) -> Array:
     )
 
 
+KEYPOINT_MARGIN = 0.15  # of a box made from keypoints
+
+
 def boxes_of_keypoints(keypoints: Array, labelled: Array, margin: float, sizes_wh: Array | None = None) -> Array:
     """Boxes [N, 4] xyxy around the labelled keypoints, grown on each side by `margin` of the longer side.
 

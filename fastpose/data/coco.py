@@ -20,11 +20,18 @@ from typing import Any
 import numpy as np
 
 from fastpose.average_precision import KeypointResults, KeypointTruth
-from fastpose.data.base import MISSING, AnnotatedImages, Array, PoseData, Report, boxes_of_keypoints
+from fastpose.data.base import (
+    KEYPOINT_MARGIN,
+    MISSING,
+    AnnotatedImages,
+    Array,
+    PoseData,
+    Report,
+    boxes_of_keypoints,
+)
 from fastpose.skeletons import Skeleton, skeleton_from_dict
 
 AREA_SHARE = 0.53  # of a box
-KEYPOINT_MARGIN = 0.15  # of a box made from keypoints, see `boxes_of_keypoints`
 
 
 @dataclass(frozen=True)

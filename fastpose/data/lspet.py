@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from fastpose.data.base import MISSING, UNREADABLE, Array, PoseData, Report, boxes_of_keypoints
+from fastpose.data.base import (
+    KEYPOINT_MARGIN,
+    MISSING,
+    UNREADABLE,
+    Array,
+    PoseData,
+    Report,
+    boxes_of_keypoints,
+)
 from fastpose.images import ImageError, read_image
 from fastpose.skeletons import LSP14
 
@@ -63,7 +71,7 @@ def people_of_images(files: tuple[Path, ...], keypoints: Array, labelled: Array)
             report.add("person without labelled keypoints", path.name, wrong=False)
     if not good:
         raise FileNotFoundError(f"none of the {len(files)} images can be read, e.g. {files[0]}")
-    boxes = boxes_of_keypoints(keypoints, labelled, 0.15, sizes)
+    boxes = boxes_of_keypoints(keypoints, labelled, KEYPOINT_MARGIN, sizes)
     return PoseData(LSP14, files, keypoints, labelled, boxes, report=report).take(np.array(good))
 
 

@@ -55,7 +55,8 @@ class TrainConfig:
         validate_every: epochs between validations; limit: use only the first images of each split (0: all).
         memory: decoded people are kept in memory up to so many gigabytes per process, the others are read every time.
         teacher: a trained top-down network to learn from beside the labels, a name with shipped weights or a fastpose
-            file; teacher_weight: the share of its targets in the loss, the labels' is the rest.
+            file; teacher_weight: the share of its targets in the loss, the labels' is the rest; for bottom-up networks
+            in the loss on positions.
         init: weights to start from instead of random numbers, "default" or a file; if they are for other keypoints,
             everything but the last layer is taken.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
@@ -131,7 +132,9 @@ class TrainConfig:
         assert self.codec is not None
         check_codec(self.model, self.codec)
         if self.teacher and isinstance(self.codec, AssociativeEmbeddingCodec) and not self.codec.position:
-            raise ValueError("a teacher tells a bottom-up network where keypoints are: codec.position must be above 0")
+            raise ValueError(
+                "a teacher tells a bottom-up network where keypoints are: codec.position must be above 0, got 0"
+            )
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight must be between 0 and 1, got {self.teacher_weight}")
         if self.mosaic < 0 or (self.mosaic and not bottom_up):

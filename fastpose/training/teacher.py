@@ -7,7 +7,9 @@ Estimation" (CVPR 2019). A teacher says which other positions were plausible, an
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastpose.checkpoints import DEFAULT_WEIGHTS
-from fastpose.codecs import AssociativeEmbeddingCodec, HeatmapCodec
+from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec
+from fastpose.data.base import KEYPOINT_MARGIN
 from fastpose.layers import channels_last
 from fastpose.models._registry import create_from, read_weights
 from fastpose.ops import use_fused
@@ -24,14 +27,11 @@ from fastpose.preprocess import MEAN, STD
 from fastpose.skeletons import Skeleton
 from fastpose.training.settings import TrainConfig
 
-# A person's box is taken to be so much larger than the rectangle around the labelled keypoints: LSPET's boxes are.
-BOX_OF_KEYPOINTS = 1.3
+PEOPLE = 32  # of scenes through the teacher at a time
 
 
 class Teacher:
-    """A trained top-down network that sees what the one in training sees, enlarged to the size it was trained with.
-
-    Of a bottom-up network's scenes it sees each person of whom at least half of the keypoints are labelled.
+    """A trained top-down network that sees the crops of the one in training, resized to what it was trained with.
 
     Raises:
         FileNotFoundError, ValueError: no such weights, or for other keypoints, or with another kind of heatmaps.
@@ -48,11 +48,9 @@ class Teacher:
         assert config.codec is not None
         expected = config.codec.type if isinstance(config.codec, HeatmapCodec) else "softmax"
         if info.codec.type != expected or not isinstance(info.codec, HeatmapCodec):
-            raise ValueError(
-                f"teacher {path} makes heatmaps of codec {info.codec.type!r}, the run with {config.codec.type!r} needs "
-                f"{expected!r}"
-            )
-        self.codec, self.own_codec = config.codec, info.codec
+            raise ValueError(f"teacher {path} makes heatmaps of codec {info.codec.type!r}, expected {expected!r}")
+        self.codec: Codec = config.codec
+        self.own_codec, self.weight = info.codec, config.teacher_weight
         self.size, self.padding = info.input_size, info.padding
         self.model: nn.Module = channels_last(create_from(checkpoint, info.model).to(device))
         if device.type == "cpu" and use_fused():
@@ -60,46 +58,75 @@ class Teacher:
                 self.model = optimize(self.model, self.size)
 
     def loss(self, images: Tensor, outputs: Any, targets: Sequence[Tensor]) -> Tensor:
-        """How far `outputs` of the network in training are from the teacher's for the same images; a scalar.
+        """The codec's loss, the labels' share of it reduced in favour of the teacher's heatmaps; a scalar.
 
-        images: [B, 3, H, W], normalized; targets: the other arguments of the codec's loss.
+        images: [B, 3, H, W], normalized; outputs: of the network in training for them; targets: the other arguments of
+        the codec's loss.
         """
-        if isinstance(self.codec, AssociativeEmbeddingCodec):
-            size = (outputs[-1].shape[2], outputs[-1].shape[3])
-            return self.codec.imitation_loss(
-                [o.float() for o in outputs], self.scene_heatmaps(images, targets[0], targets[1], size)
-            )
+        codec = self.codec
+        if isinstance(codec, AssociativeEmbeddingCodec):
+            keypoints, valid, mask = targets
+            maps = [output.float() for output in outputs]
+            seen = self.scene_heatmaps(images, keypoints, valid, (maps[-1].shape[2], maps[-1].shape[3]))
+            # heights of peaks and tags come from the labels alone
+            labels = replace(codec, position=codec.position * (1 - self.weight)).loss(maps, *targets)
+            return labels + self.weight * codec.imitation_loss(maps, seen, mask)
         with torch.no_grad():
             heatmaps = self._heatmaps(functional.interpolate(images, self.size, mode="bilinear", align_corners=False))
             # a cell covers the same part of the crop on both scales
             heatmaps = functional.interpolate(heatmaps, outputs.shape[2:], mode="bilinear", align_corners=False)
-        return self.codec.imitation_loss(outputs.float(), heatmaps)
+        maps = outputs.float()
+        return torch.lerp(codec.loss(maps, *targets), codec.imitation_loss(maps, heatmaps), self.weight)
 
     @torch.no_grad()
     def scene_heatmaps(self, images: Tensor, keypoints: Tensor, valid: Tensor, size: tuple[int, int]) -> Tensor:
-        """Where the teacher sees the keypoints of an image's people, each person's summing to 1: [B, K, *size].
+        """Where keypoints of an image's people are, each person's summing to 1: [B, K, *size].
+
+        The teacher sees every person of whom at least half of the keypoints are labelled, in a box around these. A
+        keypoint that it sees outside the image has no map. Of the others the labels are taken.
 
         Args:
             images: [B, 3, H, W], normalized; keypoints: [B, N, K, 2], (x, y) in pixels; valid: bool [B, N, K].
             size: (height, width) of the maps.
         """
-        image, person = torch.nonzero(2 * valid.sum(2) >= valid.shape[2], as_tuple=True)
-        maps = images.new_zeros(len(images), valid.shape[2], *size)
-        if not len(image):
-            return maps
-        points, there = keypoints[image, person], valid[image, person].unsqueeze(-1)
-        low = points.masked_fill(~there, float("inf")).amin(1)
-        high = points.masked_fill(~there, -float("inf")).amax(1)
-        aspect = images.new_tensor([self.size[1] / self.size[0], 1.0])
-        extent = ((high - low).clamp(min=1.0) / aspect).amax(1, keepdim=True) * aspect * BOX_OF_KEYPOINTS * self.padding
-        # from -1 and 1, the outer edges of a crop, to those of the image, and back
-        sides = images.new_tensor([images.shape[3], images.shape[2]])
-        zoom, centre = extent / sides, (low + high + 1) / sides - 1
+        codec = self.codec
+        assert isinstance(codec, AssociativeEmbeddingCodec)
+        taught = 2 * valid.sum(2) >= valid.shape[2]
+        stride = images.shape[2] // size[0]
+        labels, _ = codec.encode(keypoints, valid & ~taught.unsqueeze(2), size, stride)
+        maps = labels / (2 * math.pi * codec.sigma**2)
         black = -images.new_tensor(MEAN).div(images.new_tensor(STD)).view(3, 1, 1)  # what is outside the image
-        crops = _window(images[image] - black, zoom, centre, self.size) + black
-        seen = _window(self._heatmaps(crops), 1 / zoom, -centre / zoom, size)
-        seen = seen / seen.sum((2, 3), keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny)
-        return maps.index_add(0, image, seen)
+        bright = images - black
+        for chosen in torch.nonzero(taught).split(PEOPLE):
+            if not len(chosen):  # nobody: splitting nothing gives one part
+                break
+            image, person = chosen.T
+            zoom, centre = self._box(keypoints[image, person], valid[image, person], images)
+            seen = self._heatmaps(_window(bright[image], zoom, centre, self.size) + black)
+            # cell c of the codec is for the positions from c to c + 1 strides, half a pixel from where its pixels are
+            half = 1 / images.new_tensor([images.shape[3], images.shape[2]])
+            placed = _window(seen, 1 / zoom, (half - centre) / zoom, size)
+            mass = placed.sum((2, 3))
+            cells = zoom.prod(1).mul(size[0] * size[1] / (seen.shape[2] * seen.shape[3])).unsqueeze(1)
+            inside = mass > 0.5 * cells * seen.sum((2, 3))
+            placed *= torch.where(inside, 1 / mass, 0.0)[..., None, None]
+            maps.index_add_(0, image, placed)
+        return maps
+
+    def _box(self, points: Tensor, valid: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The crop around labelled keypoints [P, K, 2]: half its sides and its centre, [P, 2] in units of half images.
+
+        From -1 to 1 are the outer edges of an image's outer pixels.
+        """
+        nowhere = ~valid.unsqueeze(2)
+        low = points.masked_fill(nowhere, float("inf")).amin(1)
+        high = points.masked_fill(nowhere, -float("inf")).amax(1)
+        extent = (high - low).clamp(min=1.0)
+        extent = extent + 2 * KEYPOINT_MARGIN * extent.amax(1, keepdim=True)
+        aspect = images.new_tensor([self.size[1] / self.size[0], 1.0])
+        extent = (extent / aspect).amax(1, keepdim=True) * aspect * self.padding
+        sides = images.new_tensor([images.shape[3], images.shape[2]])
+        return extent / sides, (low + high + 1) / sides - 1
 
     def _heatmaps(self, crops: Tensor) -> Tensor:
         return self.own_codec.heatmaps(self.model(crops.contiguous(memory_format=torch.channels_last)))
@@ -108,8 +135,13 @@ class Teacher:
 def _window(maps: Tensor, zoom: Tensor, offset: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear samples [P, C, *size] of `maps` [P, C, H, W] at ``zoom * (x, y) + offset``, [P, 2] each, 0 outside.
 
-    Coordinates go from -1 to 1 between the outer edges of the outer cells, on both sides.
+    Coordinates go from -1 to 1 between the outer edges of the outer cells, on both sides. Where a cell of the result
+    takes several of `maps`, it is the mean of several samples.
     """
+    ratio = zoom * zoom.new_tensor([maps.shape[3] / size[1], maps.shape[2] / size[0]])
+    samples = math.ceil(min(float(ratio.max()), 4.0))
     theta = torch.cat([torch.diag_embed(zoom), offset.unsqueeze(2)], 2)
-    grid = functional.affine_grid(theta, [len(maps), maps.shape[1], *size], align_corners=False)
-    return functional.grid_sample(maps, grid, align_corners=False)
+    shape = [len(maps), maps.shape[1], size[0] * samples, size[1] * samples]
+    grid = functional.affine_grid(theta, shape, align_corners=False)
+    found = functional.grid_sample(maps, grid, align_corners=False)
+    return found if samples == 1 else functional.avg_pool2d(found, samples)
