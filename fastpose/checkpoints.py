@@ -29,6 +29,7 @@ SCALE = ":scale"  # end of the names of numbers that int8 weights are multiplied
 DEFAULT_WEIGHTS = {
     "mobileposenet": "mobileposenet_lspet.safetensors",
     "hr_litenet": "hr_litenet_lspet.safetensors",
+    "lightweight_hrnet_448": "lightweight_hrnet_lspet.safetensors",
     "lite_csw_hrnet": "lite_csw_hrnet_lspet.safetensors",
 }
 
