@@ -26,6 +26,7 @@ from fastpose.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_
 SCALE = ":scale"  # end of the names of numbers that int8 weights are multiplied by
 
 # model name -> file in fastpose/weights
+USUAL_PADDING = 1.25  # of crops, for weights of others
 DEFAULT_WEIGHTS = {
     "mobileposenet": "mobileposenet_lspet.safetensors",
     "hr_litenet": "hr_litenet_lspet.safetensors",
@@ -177,7 +178,7 @@ def describe_weights(checkpoint: Checkpoint, name: str = "auto", skeleton: str |
     if is_bottom_up(name):
         codec = AssociativeEmbeddingCodec()
     size = model_entry(name).input_size
-    return WeightsInfo(name, k, skeleton, size, 1.25, codec, options=options, antialias=False)
+    return WeightsInfo(name, k, skeleton, size, USUAL_PADDING, codec, options=options, antialias=False)
 
 
 def save_weights(

@@ -400,7 +400,7 @@ def _validate_data(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fastpose.checkpoints import describe_weights, find_architecture
+    from fastpose.checkpoints import USUAL_PADDING, describe_weights, find_architecture
     from fastpose.codecs import HeatmapCodec, get_codec
     from fastpose.export import ExportError, export_onnx, export_torchscript, export_weights
     from fastpose.models._registry import create_from, is_bottom_up, model_entry, read_weights
@@ -442,7 +442,7 @@ def _export(options: argparse.Namespace) -> int:
         return 1
     print(f"{options.output}: {needs}; largest difference {worst:.1e} of the maximum")
     if codec is not None:
-        padding = 1.25 if info is None else info.padding
+        padding = USUAL_PADDING if info is None else info.padding
         print(
             f"  uint8 RGB crops [B, 3, {height}, {width}] -> keypoints [B, K, 2] in crop pixels, scores [B, K]\n"
             f"  a crop as it was trained with: fastpose.geometry.crop_matrix(box, {(height, width)}, {padding:g}, "

@@ -116,7 +116,7 @@ class _KeypointsOfCrops(nn.Module):
         with warnings.catch_warnings(), torch.no_grad():
             # that a trace holds constants and that TorchScript has no future
             warnings.simplefilter("ignore")
-            self.normalize = torch.jit.trace(_normalize, crops, check_trace=False)
+            self.normalize = torch.jit.trace(normalize, crops, check_trace=False)
             self.decode = torch.jit.trace(lambda x: codec.decode(codec.heatmaps(x)), outputs, check_trace=False)
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,10 +126,6 @@ class _KeypointsOfCrops(nn.Module):
             raise ValueError(f"crops must be [B, 3, {self.height}, {self.width}], got {list(crops.shape)}")
         keypoints, scores = self.decode(self.network(self.normalize(crops)))
         return keypoints, scores
-
-
-def _normalize(crops: Tensor) -> Tensor:
-    return normalize(crops).contiguous(memory_format=torch.channels_last)
 
 
 def _crops(batch: int, size: tuple[int, int]) -> Tensor:

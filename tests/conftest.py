@@ -7,8 +7,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch import library as torch_library
 
 from fastpose.ops import _backend
+
+opcheck = torch_library.opcheck
 
 # relative to 1 + |expected|; half types are computed in float32 and rounded once
 TOL = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.library import opcheck
 
 import fastpose
 from fastpose.layers import CBAM, SpatialAttention, channel_shuffle
 from fastpose.models.le_hrnet import MCAM
 from fastpose.ops import run_plan
 from fastpose.plan import CONV, WINOGRAD, NotOptimizable, Optimized, optimize
-from tests.conftest import needs_kernels
+from tests.conftest import needs_kernels, opcheck
 from tests.test_models import build, relative
 
 pytestmark = needs_kernels

@@ -97,15 +97,15 @@ class Teacher:
         maps = labels / (2 * math.pi * codec.sigma**2)
         black = -images.new_tensor(MEAN).div(images.new_tensor(STD)).view(3, 1, 1)  # what is outside the image
         bright = images - black
+        sides = images.new_tensor([images.shape[3], images.shape[2]])
         for chosen in torch.nonzero(taught).split(PEOPLE):
             if not len(chosen):  # nobody: splitting nothing gives one part
                 break
             image, person = chosen.T
-            zoom, centre = self._box(keypoints[image, person], valid[image, person], images)
+            zoom, centre = self._box(keypoints[image, person], valid[image, person], sides)
             seen = self._heatmaps(_window(bright[image], zoom, centre, self.size) + black)
             # cell c of the codec is for the positions from c to c + 1 strides, half a pixel from where its pixels are
-            half = 1 / images.new_tensor([images.shape[3], images.shape[2]])
-            placed = _window(seen, 1 / zoom, (half - centre) / zoom, size)
+            placed = _window(seen, 1 / zoom, (1 / sides - centre) / zoom, size)
             mass = placed.sum((2, 3))
             cells = zoom.prod(1).mul(size[0] * size[1] / (seen.shape[2] * seen.shape[3])).unsqueeze(1)
             inside = mass > 0.5 * cells * seen.sum((2, 3))
@@ -113,19 +113,18 @@ class Teacher:
             maps.index_add_(0, image, placed)
         return maps
 
-    def _box(self, points: Tensor, valid: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _box(self, points: Tensor, valid: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         """The crop around labelled keypoints [P, K, 2]: half its sides and its centre, [P, 2] in units of half images.
 
-        From -1 to 1 are the outer edges of an image's outer pixels.
+        From -1 to 1 are the outer edges of an image's outer pixels; `sides` are its width and height.
         """
         nowhere = ~valid.unsqueeze(2)
         low = points.masked_fill(nowhere, float("inf")).amin(1)
         high = points.masked_fill(nowhere, -float("inf")).amax(1)
         extent = (high - low).clamp(min=1.0)
         extent = extent + 2 * KEYPOINT_MARGIN * extent.amax(1, keepdim=True)
-        aspect = images.new_tensor([self.size[1] / self.size[0], 1.0])
+        aspect = sides.new_tensor([self.size[1] / self.size[0], 1.0])
         extent = (extent / aspect).amax(1, keepdim=True) * aspect * self.padding
-        sides = images.new_tensor([images.shape[3], images.shape[2]])
         return extent / sides, (low + high + 1) / sides - 1
 
     def _heatmaps(self, crops: Tensor) -> Tensor:

@@ -3,10 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
 from fastpose.ops import _backend, dw_upsample, dw_upsample_reference
-from tests.conftest import TOL, assert_near, needs_kernels, shifted
+from tests.conftest import TOL, assert_near, needs_kernels, opcheck, shifted
 
 ACTIVATIONS = ("none", "relu", "hardswish", "silu")
 SHAPES = [(1, 1, 1, 1), (2, 8, 7, 11), (3, 17, 5, 4), (1, 33, 1, 9), (0, 8, 4, 4), (1, 48, 16, 12), (2, 16, 2, 3)]

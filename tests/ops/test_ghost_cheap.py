@@ -4,10 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import opcheck
 
 from fastpose.ops import _backend, ghost_cheap, ghost_cheap_reference
-from tests.conftest import TOL, assert_near, needs_kernels, shifted
+from tests.conftest import TOL, assert_near, needs_kernels, opcheck, shifted
 
 ACTIVATIONS = ("none", "relu", "hardswish", "silu")
 # one pixel, odd sizes, widths around the tiles of 4 and 8, channels around the vectors, the networks' own, empty

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.library import opcheck
 
 from fastpose.ops import _backend, oks_nms, oks_nms_reference, rescore
-from tests.conftest import needs_kernels
+from tests.conftest import needs_kernels, opcheck
 
 METHODS = [
     ("hard", "linear"),
