@@ -26,11 +26,11 @@ aten = torch.ops.aten
 Node = Any  # fx.Node, whose arguments have no useful static type
 
 # as in csrc/cpu/run_plan.h
-PAD, PANEL, VERSION = 16, 32, 2
+PAD, PANEL, VERSION = 16, 32, 3
 CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, INTERLEAVE, CHANNEL_STATS = range(12)
 SCALE_PIXELS, COPY, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(12, 19)
 MEAN_OF_ROWS, MEAN_OF_COLUMNS, COORDINATE_MEAN, GROUP_SOFTMAX, GROUP_ATTENTION = range(19, 24)
-DECONV, MAX_POOL, WINOGRAD, SHUFFLE, CONV_BF16, CONV_INT8 = range(24, 30)
+DECONV, MAX_POOL, WINOGRAD, SHUFFLE, CONV_BF16, CONV_INT8, MEAN_MAX = range(24, 31)
 WINOGRAD_LIMIT = 128 * 128  # pairs of channels
 PRECISIONS = ("float32", "bfloat16", "int8")
 INT8_CHANNELS = 72  # of fewer, scaling the map costs as much as the products save
@@ -111,6 +111,7 @@ class _Step:
     operand: Node
     other: Node | None = None
     gate: Node | None = None
+    second: Node | None = None
     kernel: int = 1
     stride: int = 1
     padding: int = 0
@@ -164,11 +165,12 @@ class _Program:
         numbers: tuple[int, int] = (-1, -1),
         factor: int = 1,
         constant: float = 0.0,
+        second: int = -1,
     ) -> int:
         """Append an instruction; returns the map it writes, a new one of `channels` unless `out` is given."""
         to = self.new_map(channels) if out is None else out
         bits = struct.unpack("<i", struct.pack("<f", constant))[0]
-        self.steps.append([op, source, other, gate, to, kernel, stride, padding, act, *numbers, factor, bits])
+        self.steps.append([op, source, other, gate, to, kernel, stride, padding, act, *numbers, factor, bits, second])
         return to
 
     def filters(self, op: int, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
@@ -459,11 +461,37 @@ class _Lowering:
         if dims == [1] and all(u.target is aten.cat.default for u in node.users):
             self.over_channels[node] = x  # taken by the concatenation of mean and maximum
         elif dims == [1] and node.target is aten.mean.dim:
-            self.end(_Step(CHANNEL_STATS, node, node, x))
+            self.channel_stats(node, x)
         elif dims == [1]:
             raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported")
+        elif sorted(dims) == [2, 3] and self.mean_max(node, x):
+            return
         else:
             self.finish(_Step(REDUCTIONS[node.target], node, node, x), node, residual=False)
+
+    def channel_stats(self, node: Node, x: Node) -> None:
+        step = _Step(CHANNEL_STATS, node, node, x)
+        gated = self.gated.get(x)
+        if gated is not None:
+            step.operand, step.gate, step.constant = gated.operand, gated.gate, gated.constant
+        self.end(step)
+
+    def mean_max(self, node: Node, x: Node) -> bool:
+        """Mean and maximum over all pixels of one map, in one pass."""
+        pair = (aten.mean.dim, aten.amax.default)
+        both = {
+            user.target: user
+            for user in x.users
+            if user.target in pair and user not in self.claimed and sorted(d % 4 for d in user.args[1]) == [2, 3]
+        }
+        if len(both) != 2 or node not in both.values():
+            return False
+        program, channels = self.program, self.channels(x)
+        whole = program.step(MEAN_MAX, self.map_of(x), 2 * channels)
+        for i, target in enumerate(pair):
+            self.maps[both[target]] = program.part(whole, i * channels, channels)
+            self.claimed.add(both[target])
+        return True
 
     def adaptive_pool(self, node: Node) -> None:
         if list(node.args[1]) != [1, 1]:
@@ -485,9 +513,15 @@ class _Lowering:
                 step = _Step(OUTER, node, node, x, gate=gate)
                 if gate in self.enlarged:
                     step.gate, step.factor = self.enlarged[gate]
+                else:
+                    step = self.both_gates(step)
                 break
             if small[1] == 1 and small[2:] == full[2:] and gate not in self.enlarged:
                 step = _Step(SCALE_PIXELS, node, node, x, gate=gate)
+                if x in self.gated:
+                    by_channel = self.gated[x]
+                    step.operand, step.second = by_channel.operand, by_channel.gate
+                    step.constant = by_channel.constant
                 break
             if small == full and x not in self.enlarged:
                 step = _Step(MULTIPLY, node, node, x, other=gate)
@@ -497,9 +531,43 @@ class _Lowering:
         else:
             shapes = [list(v.meta["val"].shape) for v in (a, b)]
             raise NotOptimizable(f"{self.name}: a product of {shapes[0]} and {shapes[1]} is not supported")
-        if step.op == SCALE and (self.gates_depthwise(step) or self.joins_shuffle(step)):
+        if step.op == SCALE and (self.gates_depthwise(step) or self.gates_attention(step)):
             return
-        self.finish(step, node, residual=step.op != MULTIPLY)
+        if step.op in (SCALE, SCALE_PIXELS) and self.joins_shuffle(step):
+            return
+        self.finish(step, step.node, residual=step.op != MULTIPLY)
+
+    def both_gates(self, outer: _Step) -> _Step:
+        """Instead of the product of a gate per channel and one per pixel, `outer`, that of both and the map which is
+        the only use of it."""
+        product = self.follower(outer.node, MULTIPLICATIONS)
+        if product is None:
+            return outer
+        x = product.args[1] if product.args[0] is outer.node else product.args[0]
+        if not isinstance(x, fx.Node) or x.meta["val"].shape != product.meta["val"].shape:
+            return outer
+        if x is outer.node or x in self.enlarged or x in self.gated:
+            return outer
+        self.claimed.add(product)
+        return _Step(SCALE_PIXELS, product, product, x, gate=outer.gate, second=outer.operand)
+
+    def gates_attention(self, step: _Step) -> bool:
+        """Leave a map times a gate to its uses, if all are means and maxima over channels and products with a gate per
+        pixel, which take it in."""
+        b, channels, h, w = step.node.meta["val"].shape
+
+        def takes_it(user: Node) -> bool:
+            if user.target in (aten.mean.dim, aten.amax.default):
+                return [d % 4 for d in user.args[1]] == [1] and all(u.target is aten.cat.default for u in user.users)
+            if user.target not in MULTIPLICATIONS or not all(isinstance(a, fx.Node) for a in user.args):
+                return False
+            gate = user.args[1] if user.args[0] is step.node else user.args[0]
+            return list(gate.meta["val"].shape) == [b, 1, h, w] and gate not in self.enlarged
+
+        if channels == 1 or h * w == 1 or not all(takes_it(user) for user in step.node.users):
+            return False
+        self.gated[step.node] = step
+        return True
 
     def gates_depthwise(self, step: _Step) -> bool:
         """Leave a map times a gate to the depthwise convolution that is its only use."""
@@ -512,7 +580,7 @@ class _Lowering:
         return True
 
     def joins_shuffle(self, step: _Step) -> bool:
-        """Write a map times a gate straight into the shuffle of two halves that is its only use, as the second."""
+        """Write a map times its gates straight into the shuffle of two halves that is its only use, as the second."""
         cat = self.follower(step.node, (aten.cat.default,))
         if cat is None or len(cat.args[0]) != 2 or cat.args[0][1] is not step.node:
             return False
@@ -521,6 +589,8 @@ class _Lowering:
         if end is None or first.target is ENLARGE or first in self.enlarged:
             return False
         self.claimed.add(cat)
+        if step.op == SCALE_PIXELS:
+            step.gate, step.second = step.second, step.gate
         step.op, step.operand, step.other, step.out = INTERLEAVE, first, step.operand, end
         self.end(step)
         return True
@@ -575,7 +645,7 @@ class _Lowering:
         if dim % 4 == 1 and all(p in self.over_channels for p in parts):
             kinds = [p.target for p in parts]
             if kinds == [aten.mean.dim, aten.amax.default] and len({self.over_channels[p] for p in parts}) == 1:
-                self.end(_Step(CHANNEL_STATS, node, node, self.over_channels[parts[0]]))
+                self.channel_stats(node, self.over_channels[parts[0]])
                 return
         elif dim % 4 == 1:
             even = len(parts) == 2 and shapes[0] == shapes[1] and not any(p in self.enlarged for p in parts)
@@ -799,6 +869,7 @@ class _Lowering:
             numbers=(-1, -1) if step.weight is None else program.filters(step.op, step.weight, step.bias),
             factor=step.factor,
             constant=step.constant,
+            second=operand(step.second),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -14,8 +15,21 @@ from torch import nn
 import fastpose
 from fastpose.layers import CBAM, SpatialAttention, channel_shuffle
 from fastpose.models.le_hrnet import MCAM
+from fastpose.models.lite_csw_hrnet import LiteCSWHRNetConfig, SingleResolutionCSW
 from fastpose.ops import run_plan
-from fastpose.plan import CONV, WINOGRAD, NotOptimizable, Optimized, optimize
+from fastpose.plan import (
+    CHANNEL_STATS,
+    CONV,
+    INTERLEAVE,
+    MEAN_MAX,
+    OUTER,
+    SCALE,
+    SCALE_PIXELS,
+    WINOGRAD,
+    NotOptimizable,
+    Optimized,
+    optimize,
+)
 from tests.conftest import needs_kernels, opcheck
 from tests.test_models import build, relative
 
@@ -195,7 +209,7 @@ def test_additions_gates_and_activations():
 @pytest.mark.parametrize(("channels", "kernel", "padding"), [(2, 7, 3), (1, 3, 1), (4, 3, 0), (3, 2, 1)])
 def test_convolution_to_one_channel(channels, kernel, padding):
     net = nn.Sequential(nn.Conv2d(3, channels, 1), nn.Conv2d(channels, 1, kernel, 1, padding), nn.Sigmoid())
-    compare(net, (1, 3, 24, 24), (2, 3, 3, 17), (1, 3, 40, 5))
+    compare(net, (1, 3, 24, 24), (2, 3, 3, 17), (1, 3, 40, 5), (1, 3, 4, 33), (1, 3, 9, 70), (1, 3, 6, 48))
 
 
 class Attention(nn.Module):
@@ -217,6 +231,43 @@ class Attention(nn.Module):
 
 def test_attention_concatenation_and_exchange():
     compare(Attention(), (1, 3, 24, 24), (3, 3, 4, 12))
+
+
+class Gates(nn.Module):
+    """Gates per channel and per pixel, alone and together, before a shuffle, and on a map that others use as well."""
+
+    def __init__(self, channels: int, serial: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2 * channels, 1)
+        config = LiteCSWHRNetConfig(order="serial" if serial else "parallel")
+        self.single, self.again = (SingleResolutionCSW(channels, config) for _ in range(2))
+        self.spatial = SpatialAttention(3)
+
+    def forward(self, x):
+        a, b = self.stem(x).chunk(2, 1)
+        x = channel_shuffle(torch.cat([a, self.single(b)], 1), 2)
+        a, b = x.chunk(2, 1)
+        x = channel_shuffle(torch.cat([a, b * self.spatial(a)], 1), 2)
+        a, b = x.chunk(2, 1)
+        a = a * (torch.sigmoid(a.amax((2, 3), keepdim=True)) + 1.0)
+        a = F.relu(a * self.spatial(a) + b)
+        c = a * torch.sigmoid(b.mean((2, 3), keepdim=True))
+        return torch.cat([self.again(a), c, F.relu(c * self.spatial(c))], 1)
+
+
+@pytest.mark.parametrize("serial", [False, True])
+@pytest.mark.parametrize("channels", [3, 16, 19, 40])
+def test_gates(channels, serial):
+    fast = compare(Gates(channels, serial), (1, 3, 24, 24), (3, 3, 2, 7), (1, 3, 1, 1), (2, 3, 5, 17))
+    count = Counter(step[0] for step in steps(fast))
+    assert count[MEAN_MAX] == 2 and count[SCALE] == 1 and count[OUTER] == 0  # c alone has to exist for itself
+    assert count[SCALE_PIXELS] == 3 and count[INTERLEAVE] == 2
+
+
+def test_attention_takes_in_its_gate():
+    fast = optimize(build("hr_litenet"))
+    count = Counter(step[0] for step in steps(fast))
+    assert count[SCALE] == 0 and count[MEAN_MAX] == count[CHANNEL_STATS] == count[SCALE_PIXELS] > 50
 
 
 class Shuffle(nn.Module):
@@ -396,6 +447,7 @@ def test_every_instruction_set(level):
     code += "[t.test_rounded_products(*a) for a in t.BFLOAT16 + t.INT8]; "
     code += "t.test_transposed_depthwise_convolution(); t.test_additions_gates_and_activations(); "
     code += "t.test_attention_concatenation_and_exchange(); t.test_halves_shuffles_and_pooling(); "
+    code += "[t.test_gates(c, True) for c in (16, 19)]; "
     code += "t.test_convolution_to_one_channel(2, 7, 3); t.test_parts_in_place(); t.test_fusion_by_channel_means(); "
     code += "t.test_winograd(17, 40); t.test_transposed_dense_convolution(24); t.test_max_pooling(3, 2, 1); "
     code += "[t.test_multi_scale_attention(c) for c in (16, 32, 48)]"
@@ -505,7 +557,7 @@ class Rare(nn.Module):
         return self.last(y[:, 2:13]), F.relu6(self.narrow(x))
 
 
-@pytest.mark.parametrize("name", ["mobileposenet", "hr_litenet", "lite_hrnet_18", "rare", "int8"])
+@pytest.mark.parametrize("name", ["mobileposenet", "hr_litenet", "lite_hrnet_18", "lite_csw_hrnet", "rare", "int8"])
 def test_damaged_programs_are_refused(name):
     """Any single changed number is noticed or harmless: never a read or write outside the maps."""
     known = "mobileposenet" if name == "int8" else name

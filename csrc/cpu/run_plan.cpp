@@ -26,8 +26,8 @@
 namespace fastpose {
 namespace {
 
-constexpr int64_t kVersion = 2;
-constexpr int64_t kStepFields = 13;
+constexpr int64_t kVersion = 3;
+constexpr int64_t kStepFields = 14;
 constexpr int kArenaSlot = 1, kGatherSlot = 2;
 
 struct Plan {
@@ -111,11 +111,11 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     float constant;
     const int32_t bits = static_cast<int32_t>(q[12]);
     std::memcpy(&constant, &bits, sizeof(constant));
-    const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],  q[4],    q[5], q[6], q[7],
-                     static_cast<PlanAct>(q[8]), q[9], q[10], q[11], constant};
-    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kConvInt8) && q[8] >= 0 &&
+    const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],  q[4],     q[5], q[6], q[7],
+                     static_cast<PlanAct>(q[8]), q[9], q[10], q[11], constant, q[13]};
+    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kMeanMax) && q[8] >= 0 &&
               q[8] <= static_cast<int64_t>(PlanAct::kRelu6);
-    for (const int64_t m : {s.in, s.other, s.gate}) {
+    for (const int64_t m : {s.in, s.other, s.gate, s.second}) {
       if (m == -1 && m != s.in) continue;
       ok = ok && valid(m) && readable(m);
       if (ok) plan.last_use[static_cast<size_t>(plan.base[static_cast<size_t>(m)])] = i;
@@ -139,6 +139,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       needed = 36 * in_channels * out_stride;
     } else if (s.op == PlanOp::kDeconv) {
       needed = 16 * in_channels * out_stride;
+    } else if (s.op == PlanOp::kMeanMax) {
+      ok = out_channels == 2 * in_channels;
     } else if (s.op == PlanOp::kInterleave) {
       ok = s.other >= 0 && out_channels == 2 * in_channels;
     } else if (s.op == PlanOp::kChannelStats) {
@@ -182,8 +184,11 @@ Plan parse(const Tensor& program, const Tensor& weights) {
          (s.op == PlanOp::kConv || s.op == PlanOp::kDeconv || s.in != plan.input);  // whose pixels are not padded
     const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ||
                        s.op == PlanOp::kCoordinateMean || s.op == PlanOp::kGroupAttention;
-    const bool may_be_gated =
-        gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave || s.op == PlanOp::kAdd;
+    const bool may_be_gated = gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave ||
+                              s.op == PlanOp::kAdd || s.op == PlanOp::kChannelStats;
+    ok = ok && s.second != plan.input &&
+         (s.second < 0 || (s.op == PlanOp::kScalePixels && has(s.second, in_channels)) ||
+          (s.op == PlanOp::kInterleave && has(s.second, 1)));
     const bool summed = s.op == PlanOp::kAdd || s.op == PlanOp::kMultiply;
     const bool paired =
         summed || s.op == PlanOp::kStack || s.op == PlanOp::kInterleave || s.op == PlanOp::kCoordinateMean;
@@ -270,7 +275,7 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       out.height = 2 * in.height;
       out.width = 2 * in.width;
       if (s.op == PlanOp::kDeconv) l.gather = std::max(l.gather, kMostRows * 4 * in.channels);
-    } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
+    } else if (s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum || s.op == PlanOp::kMeanMax ||
                s.op == PlanOp::kCoordinateMean) {
       out.height = out.width = 1;
     } else if (s.op == PlanOp::kWinograd) {
@@ -312,10 +317,14 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       l.gather = std::max(l.gather, in.stride + s.kernel);
       FASTPOSE_CHECK(in.pixels() == 1, "run_plan: a map has more than one pixel in step ", i);
     }
-    if (s.op == PlanOp::kScalePixels) {
-      const PlanMap& gate = sized(s.gate);
+    const int64_t by_pixel = s.op == PlanOp::kScalePixels ? s.gate : s.op == PlanOp::kInterleave ? s.second : -1;
+    if (by_pixel >= 0) {
+      const PlanMap& gate = sized(by_pixel);
       FASTPOSE_CHECK(gate.height == out.height && gate.width == out.width, "run_plan: images of ", height, " x ", width,
                      " give a gate of another size in step ", i);
+    }
+    if (s.op == PlanOp::kScalePixels && s.second >= 0) {
+      FASTPOSE_CHECK(sized(s.second).pixels() == 1, "run_plan: a gate has pixels in step ", i);
     }
     if (s.op == PlanOp::kAdd && s.gate >= 0) {
       const PlanMap& third = sized(s.gate);
@@ -419,6 +428,7 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
                map(s.in),
                map(s.other),
                map(s.gate),
+               map(s.second),
                map(s.out),
                plan.weights + std::max<int64_t>(s.weight, 0),
                plan.weights + std::max<int64_t>(s.bias, 0),
@@ -434,6 +444,7 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
     const bool reduces = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
                          s.op == PlanOp::kMeanOfColumns || s.op == PlanOp::kCoordinateMean;
     if (reduces) rows = t.out.channels, unit = kPad;  // parts of the channels, each over all pixels
+    if (t.step->op == PlanOp::kMeanMax) rows = t.in.channels, unit = kPad;
     const bool whole = s.op == PlanOp::kStack || s.op == PlanOp::kBand || s.op == PlanOp::kGroupSoftmax;
     if (whole) rows = unit = 1;
     // four tiles per thread, so that one who was interrupted does not hold up the others for long

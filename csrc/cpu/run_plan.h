@@ -24,20 +24,24 @@ enum class PlanOp : int64_t {
   // act(map + other (+ gate)); `other` may be smaller by `factor`, the gate by `kernel`: each of its pixels is added to
   // a square of them
   kAdd,
-  kActivate,      // act(map)
-  kMax,           // act(maximum over all pixels)
-  kSum,           // act(sum over all pixels)
-  kStack,         // two maps of one pixel -> one of two pixels
-  kInterleave,    // channels of map and act(other (* (gate + constant))) in turn
-  kChannelStats,  // per pixel: mean and, if the result has two channels, maximum over the channels
-  kScalePixels,   // act(map * gate (+ other)), the gate one number per pixel (a map of one channel)
-  kCopy,          // the map, enlarged by `factor`
-  kAveragePool,   // mean over squares of kernel x kernel pixels, stride = kernel, what is left over dropped
-  kMultiply,      // act(map * other), `factor` as in kAdd
-  kBilinear,      // act(upsampling by two, corners on corners)
-  kBand,          // map of one pixel: act(convolution along the channels with `kernel` numbers, zeros beyond (+ other))
-  kOuter,         // act(map of one pixel times gate (+ other)), the gate a number per pixel, enlarged by `factor`
-  kMeanOfRows,    // mean over the width
+  kActivate,  // act(map)
+  kMax,       // act(maximum over all pixels)
+  kSum,       // act(sum over all pixels)
+  kStack,     // two maps of one pixel -> one of two pixels
+  // channels of map and act(other (* (gate + constant)) (* second)) in turn, the second gate one number per pixel
+  kInterleave,
+  // per pixel: mean and, if the result has two channels, maximum over the channels of map (* (gate + constant))
+  kChannelStats,
+  // act(map * gate (* (second + constant)) (+ other)), the gate one number per pixel (a map of one channel), the second
+  // one per channel
+  kScalePixels,
+  kCopy,         // the map, enlarged by `factor`
+  kAveragePool,  // mean over squares of kernel x kernel pixels, stride = kernel, what is left over dropped
+  kMultiply,     // act(map * other), `factor` as in kAdd
+  kBilinear,     // act(upsampling by two, corners on corners)
+  kBand,         // map of one pixel: act(convolution along the channels with `kernel` numbers, zeros beyond (+ other))
+  kOuter,        // act(map of one pixel times gate (+ other)), the gate a number per pixel, enlarged by `factor`
+  kMeanOfRows,   // mean over the width
   kMeanOfColumns,   // mean over the height
   kCoordinateMean,  // mean over all pixels of map * other * gate, other one number per row, gate one per column
   kGroupSoftmax,    // softmax of a map of one pixel in each of `kernel` groups of channels
@@ -59,6 +63,7 @@ enum class PlanOp : int64_t {
   // number, or 0; weights [panel][in / 4][width], each four signed bytes for four channels; behind the bias as many
   // scales of the filters, then as many sums of them
   kConvInt8,
+  kMeanMax,  // mean over all pixels, then, in as many channels more, maximum
 };
 
 struct PlanStep {
@@ -69,6 +74,7 @@ struct PlanStep {
   int64_t weight, bias;  // offsets into the weights
   int64_t factor;
   float constant;
+  int64_t second;  // a map; -1 if absent
 };
 
 struct PlanMap {
@@ -81,7 +87,7 @@ struct PlanMap {
 // One instruction on concrete maps.
 struct PlanTask {
   const PlanStep* step;
-  PlanMap in, other, gate, out;
+  PlanMap in, other, gate, second, out;
   const float *weight, *bias;
   int64_t tiles;      // independent parts
   int64_t tile_rows;  // output pixels, rows or channels per part

@@ -31,6 +31,25 @@ FASTPOSE_INLINE V apply(V x, PlanAct act) {
   }
 }
 
+// The same for several, which stay in registers: one decision for all.
+template <PlanAct kAct, int kN>
+FASTPOSE_INLINE void apply_each(V (&x)[kN]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kN; ++i) x[i] = apply(x[i], kAct);
+}
+template <int kN>
+FASTPOSE_INLINE void apply_all(V (&x)[kN], PlanAct act) {
+  switch (act) {
+    case PlanAct::kRelu: return apply_each<PlanAct::kRelu>(x);
+    case PlanAct::kHardswish: return apply_each<PlanAct::kHardswish>(x);
+    case PlanAct::kSilu: return apply_each<PlanAct::kSilu>(x);
+    case PlanAct::kHardsigmoid: return apply_each<PlanAct::kHardsigmoid>(x);
+    case PlanAct::kRelu6: return apply_each<PlanAct::kRelu6>(x);
+    case PlanAct::kSigmoid: return apply_each<PlanAct::kSigmoid>(x);
+    default: return;
+  }
+}
+
 #if FASTPOSE_VECTOR_BYTES == 64
 // Half a vector, for the last channels: 24 channels are a vector and a half, not two.
 typedef float Half __attribute__((vector_size(32)));
@@ -67,6 +86,18 @@ FASTPOSE_INLINE int64_t pad(int64_t channels) { return (channels + kPad - 1) / k
 FASTPOSE_INLINE void put(float* p, V v, int64_t room) {
   if (room >= kL) return store(p, v);
   store_first(p, v, room);
+}
+
+// The same for one vector of each of several pixels, `stride` apart.
+template <int kN>
+FASTPOSE_INLINE void put_all(float* p, int64_t stride, const V (&v)[kN], int64_t room) {
+  if (room >= kL) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) store(p + i * stride, v[i]);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) store_first(p + i * stride, v[i], room);
+  }
 }
 
 // The larger of two; NaN if either is.
@@ -130,6 +161,9 @@ FASTPOSE_INLINE SumOf<kFactors, X> multiply_add(SumOf<kFactors, X> sum, float a,
 #endif
 }
 
+// Maps of more floats than this come from and go to beyond the second-level cache.
+constexpr int64_t kFar = 128 << 10;
+
 // What a tile works on: rows r of `a`, a column of the packed weights, and the same columns of bias, other and out.
 struct ConvTile {
   const float* a;
@@ -141,6 +175,7 @@ struct ConvTile {
   float* out;
   int64_t out_stride, room;  // numbers of a pixel that may be written from `out` on
   PlanAct act;
+  bool far;  // the result's map does not fit the second-level cache
   // of bytes: each row's scale, the rows' zeros kPad on; each column's scale, the sums of the weights `packed` on
   const float *row_scale, *scale;
   int64_t packed;
@@ -153,9 +188,14 @@ FASTPOSE_INLINE V number(const ConvTile& t, int r, int64_t c, IntVec<float> sum)
 }
 FASTPOSE_INLINE V number(const ConvTile&, int, int64_t, V sum) { return sum; }
 
-FASTPOSE_INLINE void finish(const ConvTile& t, int r, int64_t c, V y) {
-  if (t.other != nullptr) y += load(t.other + r * t.other_stride + c);
-  put(t.out + r * t.out_stride + c, apply(y, t.act), t.room - c);
+template <int kR>
+FASTPOSE_INLINE void finish(const ConvTile& t, int64_t c, V (&y)[kR]) {
+  if (t.other != nullptr) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) y[r] += load(t.other + r * t.other_stride + c);
+  }
+  apply_all(y, t.act);
+  put_all(t.out + c, t.out_stride, y, t.room - c);
 }
 
 // out[r] = act(bias + sum_k a[r][k] weight[k] (+ other[r])) for kR rows and kFull vectors, and half a one if kHalf, of
@@ -172,6 +212,16 @@ FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
 #pragma GCC unroll 2
     for (int v = 0; v < kFull; ++v) sum[r][v] = kBytes ? Sum{} : reinterpret_cast<Sum>(load(t.bias + v * kL));
     if (kHalf) half[r] = kBytes ? HalfSum{} : reinterpret_cast<HalfSum>(load_half(t.bias + kFull * kL));
+  }
+  if (t.far) {  // what the sums will be added to and written to arrives meanwhile
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kFull + kHalf; ++v) {
+        if (t.other != nullptr) __builtin_prefetch(t.other + r * t.other_stride + v * kL);
+        __builtin_prefetch(t.out + r * t.out_stride + v * kL, 1);
+      }
+    }
   }
   const float* weight = t.weight;
   for (int64_t piece = 0; piece < t.pieces; ++piece) {
@@ -191,14 +241,20 @@ FASTPOSE_INLINE void conv_tile(const ConvTile& t) {
       }
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kFull; ++v) finish(t, r, v * kL, number(t, r, v * kL, sum[r][v]));
-    if (kHalf) {
-      const Sum last = reinterpret_cast<Sum>(widen(reinterpret_cast<Half>(half[r])));
-      finish(t, r, kFull * kL, number(t, r, kFull * kL, last));
+  for (int v = 0; v < kFull; ++v) {
+    V y[kR];
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) y[r] = number(t, r, v * kL, sum[r][v]);
+    finish(t, v * kL, y);
+  }
+  if (kHalf) {
+    V y[kR];
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      y[r] = number(t, r, kFull * kL, reinterpret_cast<Sum>(widen(reinterpret_cast<Half>(half[r]))));
     }
+    finish(t, kFull * kL, y);
   }
 }
 
@@ -223,6 +279,7 @@ void conv_row_block(const Rows& rows, int64_t r, const PlanTask& task, int64_t r
   t.other_stride = task.other.stride;
   t.out_stride = stride;
   t.act = task.step->act;
+  t.far = task.out.pixels() * stride > kFar;
   t.row_scale = kFactors == Factors::kBytes ? rows.scale + r : nullptr;
   t.packed = packed;
   for (int64_t n = 0; n < packed; n += kPanel) {
@@ -531,6 +588,41 @@ void deconv(const PlanTask& t, int64_t tile, float* scratch) {
   }
 }
 
+// kB vectors of neighbouring pixels of two rows, of which `count` rows and `left` pixels exist.
+template <int kB>
+FASTPOSE_INLINE void to_one_tile(const PlanTask& t, const float* in, int64_t line, int64_t plane, float* out,
+                                 int64_t left, int64_t count) {
+  const int64_t k = t.step->kernel, channels = t.in.channels;
+  const V bias = splat(t.bias[0]);
+  V sum[2][kB];
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r) {
+#pragma GCC unroll 4
+    for (int b = 0; b < kB; ++b) sum[r][b] = bias;
+  }
+  const float* weight = t.weight;
+  for (int64_t ky = 0; ky < k; ++ky) {
+    for (int64_t kx = 0; kx < k; ++kx) {
+      for (int64_t c = 0; c < channels; ++c, weight += kPad) {
+        const V w = splat(weight[0]);
+        const float* from = in + c * plane + ky * line + kx;
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r) {
+#pragma GCC unroll 4
+          for (int b = 0; b < kB; ++b) sum[r][b] += load(from + r * line + b * kL) * w;
+        }
+      }
+    }
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    alignas(64) float result[kB * kL];
+#pragma GCC unroll 4
+    for (int b = 0; b < kB; ++b) store(result + b * kL, apply(r == 0 ? sum[0][b] : sum[1][b], t.step->act));
+    float* to = out + r * t.out.width * t.out.stride;
+    for (int64_t i = 0; i < kB * kL && i < left; ++i) to[i * t.out.stride] = result[i];
+  }
+}
+
 // Dense convolution to one channel (a spatial attention gate): as a matrix product 15 of 16 columns would be padding.
 // Input channels become planes with a border of zeros, and a vector holds neighbouring pixels.
 void conv_to_one(const PlanTask& t, int64_t tile, float* scratch) {
@@ -548,20 +640,23 @@ void conv_to_one(const PlanTask& t, int64_t tile, float* scratch) {
       for (int64_t c = 0; c < channels; ++c) scratch[c * plane + r * line + s.padding + x] = from[c];
     }
   }
-  for (int64_t y = begin; y < end; ++y) {
-    for (int64_t x = 0; x < width; x += kL) {
-      V sum[2]{splat(t.bias[0]), V{}};
-      const float* weight = t.weight;
-      for (int64_t ky = 0; ky < k; ++ky) {
-        for (int64_t kx = 0; kx < k; ++kx) {
-          for (int64_t c = 0; c < channels; ++c, weight += kPad) {
-            sum[kx % 2] += load(scratch + c * plane + (y - begin + ky) * line + x + kx) * splat(weight[0]);
-          }
-        }
-      }
-      const V result = apply(sum[0] + sum[1], s.act);
+  // two rows at a time: every number of the filter is read for up to six vectors, and no sum waits for itself
+  for (int64_t y = begin; y < end; y += 2) {
+    const float* in = scratch + (y - begin) * line;
+    const int64_t count = end - y < 2 ? 1 : 2;
+    for (int64_t x = 0; x < width;) {
       float* out = t.out.data + (y * width + x) * t.out.stride;
-      for (int64_t i = 0; i < kL && x + i < width; ++i) out[i * t.out.stride] = result[i];
+      const int64_t left = width - x;
+      if (left > 2 * kL) {
+        to_one_tile<3>(t, in + x, line, plane, out, left, count);
+        x += 3 * kL;
+      } else if (left > kL) {
+        to_one_tile<2>(t, in + x, line, plane, out, left, count);
+        x += 2 * kL;
+      } else {
+        to_one_tile<1>(t, in + x, line, plane, out, left, count);
+        x += kL;
+      }
     }
   }
 }
@@ -582,15 +677,22 @@ void depthwise_tile(const PlanTask& t, const float* weight, const float* const* 
     for (int ky = 0; ky < kK; ++ky) {
       if (rows[ky] == nullptr) continue;
       const float* in = rows[ky] + left + c;
+      V w[kK];
 #pragma GCC unroll 8
-      for (int kx = 0; kx < kK; ++kx) {
-        const V w = load(weight + (ky * kK + kx) * packed + c);
-#pragma GCC unroll 16
-        for (int i = 0; i < kT; ++i) sum[i] += load(in + (i * kS + kx) * stride) * w;
+      for (int kx = 0; kx < kK; ++kx) w[kx] = load(weight + (ky * kK + kx) * packed + c);
+      // every input is read once, for all outputs that see it
+#pragma GCC unroll 32
+      for (int j = 0; j < (kT - 1) * kS + kK; ++j) {
+        const V v = in_register(load(in + j * stride));
+#pragma GCC unroll 8
+        for (int kx = 0; kx < kK; ++kx) {
+          const int i = (j - kx) / kS;
+          if (j >= kx && (j - kx) % kS == 0 && i < kT) sum[i] += v * w[kx];
+        }
       }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kT; ++i) put(out + i * t.out.stride + c, apply(sum[i], act), room - c);
+    apply_all(sum, act);
+    put_all(out + c, t.out.stride, sum, room - c);
   }
 }
 
@@ -726,17 +828,56 @@ void reduce(const PlanTask& t, int64_t tile, float factor) {
   }
 }
 
+// kMeanMax: both in one pass. The means end where the maxima begin.
+void mean_max(const PlanTask& t, int64_t tile) {
+  const int64_t pixels = t.in.pixels(), stride = t.in.stride, all = t.in.channels;
+  const Range channels = range_of(t, tile, all);
+  const float factor = 1.0f / static_cast<float>(pixels);
+  for (int64_t c = channels.begin; c < channels.end; c += kL) {
+    V sum[4]{}, most[4];
+    for (int i = 0; i < 4; ++i) most[i] = load(t.in.data + c);
+    int64_t p = 0;
+    for (; p + 4 <= pixels; p += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const V x = load(t.in.data + (p + i) * stride + c);
+        sum[i] += x;
+        most[i] = larger(most[i], x);
+      }
+    }
+    for (; p < pixels; ++p) {
+      const V x = load(t.in.data + p * stride + c);
+      sum[0] += x;
+      most[0] = larger(most[0], x);
+    }
+    put(t.out.data + c, (sum[0] + sum[1] + sum[2] + sum[3]) * factor, all - c);
+    put(t.out.data + all + c, larger(larger(most[0], most[1]), larger(most[2], most[3])), t.out.room - all - c);
+  }
+}
+
+// The sum of value(0) ... value(count - 1): four running ones, since one would wait for itself.
+template <class F>
+FASTPOSE_INLINE V sum_over(int64_t count, const F& value) {
+  V sum[4]{};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] += value(i + j);
+  }
+  for (; i < count; ++i) sum[0] += value(i);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 // kMeanOfRows: a pixel per row.
 void mean_of_rows(const PlanTask& t, int64_t tile) {
   const Range rows = range_of(t, tile, t.out.pixels());
   const int64_t width = t.in.width, stride = t.in.stride;
   const float factor = 1.0f / static_cast<float>(width);
-  for (int64_t c = 0; c < t.out.channels; c += kL) {
-    for (int64_t y = rows.begin; y < rows.end; ++y) {
+  for (int64_t y = rows.begin; y < rows.end; ++y) {
+    for (int64_t c = 0; c < t.out.channels; c += kL) {
       const float* in = t.in.data + y * width * stride + c;
-      V sum[2]{};
-      for (int64_t x = 0; x < width; ++x) sum[x % 2] += load(in + x * stride);
-      put(t.out.data + y * t.out.stride + c, (sum[0] + sum[1]) * factor, t.out.room - c);
+      const V sum = sum_over(width, [&](int64_t x) { return load(in + x * stride); });
+      put(t.out.data + y * t.out.stride + c, sum * factor, t.out.room - c);
     }
   }
 }
@@ -746,12 +887,11 @@ void mean_of_columns(const PlanTask& t, int64_t tile) {
   const int64_t height = t.in.height, width = t.in.width, stride = t.in.stride;
   const Range channels = range_of(t, tile, t.out.channels);
   const float factor = 1.0f / static_cast<float>(height);
-  for (int64_t c = channels.begin; c < channels.end; c += kL) {
-    for (int64_t x = 0; x < width; ++x) {
+  for (int64_t x = 0; x < width; ++x) {
+    for (int64_t c = channels.begin; c < channels.end; c += kL) {
       const float* in = t.in.data + x * stride + c;
-      V sum[2]{};
-      for (int64_t y = 0; y < height; ++y) sum[y % 2] += load(in + y * width * stride);
-      put(t.out.data + x * t.out.stride + c, (sum[0] + sum[1]) * factor, t.out.room - c);
+      const V sum = sum_over(height, [&](int64_t y) { return load(in + y * width * stride); });
+      put(t.out.data + x * t.out.stride + c, sum * factor, t.out.room - c);
     }
   }
 }
@@ -761,14 +901,12 @@ void coordinate_mean(const PlanTask& t, int64_t tile) {
   const Range channels = range_of(t, tile, t.out.channels);
   const float factor = 1.0f / static_cast<float>(height * width);
   for (int64_t c = channels.begin; c < channels.end; c += kL) {
-    V sum{};
-    for (int64_t y = 0; y < height; ++y) {
+    const float* gate = t.gate.data + c;
+    const V sum = sum_over(height, [&](int64_t y) {
       const float* in = t.in.data + y * width * stride + c;
-      V row[2]{};
-      for (int64_t x = 0; x < width; ++x)
-        row[x % 2] += load(in + x * stride) * load(t.gate.data + x * t.gate.stride + c);
-      sum += (row[0] + row[1]) * load(t.other.data + y * t.other.stride + c);
-    }
+      const V row = sum_over(width, [&](int64_t x) { return load(in + x * stride) * load(gate + x * t.gate.stride); });
+      return row * load(t.other.data + y * t.other.stride + c);
+    });
     put(t.out.data + c, sum * factor, t.out.room - c);
   }
 }
@@ -793,36 +931,50 @@ void group_softmax(const PlanTask& t) {
 // position 16 j + 4 g + i is channel 4 j + i of group g. Then all vectors of a pixel add up lane by lane to four sums
 // of four numbers, and the small filters, first in each group, share vectors.
 
-// One vector of channels of kT pixels, filters of 2 * kReach + 1 rows and columns in the middle of 7 x 7.
+// One vector of channels of kT pixels, filters of 2 * kReach + 1 rows and columns in the middle of 7 x 7. Every input
+// is read once per row, for all pixels that see it.
 template <int kT, int kReach>
-FASTPOSE_INLINE void filter(const float* in, int64_t row, const float* weight, int64_t channels, V (&sum)[kT]) {
-  for (int ky = 3 - kReach; ky <= 3 + kReach; ++ky) {
+FASTPOSE_INLINE void filter(const float* in, int64_t row, const float* weight, int64_t channels, V* sum) {
+  constexpr int kSize = 2 * kReach + 1, kFirst = 3 - kReach;
+  for (int ky = kFirst; ky < kFirst + kSize; ++ky) {
+    V w[kSize];
 #pragma GCC unroll 8
-    for (int kx = 3 - kReach; kx <= 3 + kReach; ++kx) {
-      const V w = load(weight + (ky * 7 + kx) * channels);
-      const float* from = in + ky * row + kx * channels;
+    for (int k = 0; k < kSize; ++k) w[k] = load(weight + (ky * 7 + kFirst + k) * channels);
+    const float* from = in + ky * row + kFirst * channels;
+#pragma GCC unroll 16
+    for (int j = 0; j < kT + kSize - 1; ++j) {
+      const V x = in_register(load(from + j * channels));
 #pragma GCC unroll 8
-      for (int i = 0; i < kT; ++i) sum[i] += load(from + i * channels) * w;
+      for (int k = 0; k < kSize; ++k) {
+        if (j >= k && j - k < kT) sum[j - k] += x * w[k];
+      }
     }
   }
 }
 
-// The sum of every four lanes in each of them.
-FASTPOSE_INLINE V sum_of_four(V v) {
-  IntVec<float> by1{}, by2{};
-  for (int i = 0; i < kL; ++i) by1[i] = i ^ 1, by2[i] = i ^ 2;
-  v += shuffle(v, by1);
-  return v + shuffle(v, by2);
+// Lane 4 g + i is the sum of the four lanes 4 g ... 4 g + 3 of v[i].
+FASTPOSE_INLINE V sums_of_four(const V* v) {
+  IntVec<float> from[2]{}, turned[2]{};  // by two and by one lane
+#pragma GCC unroll 16
+  for (int i = 0; i < kL; ++i) {
+    from[0][i] = i & 2 ? i + kL : i, turned[0][i] = i & 2 ? (i ^ 2) + kL : i ^ 2;
+    from[1][i] = i & 1 ? i + kL : i, turned[1][i] = i & 1 ? (i ^ 1) + kL : i ^ 1;
+  }
+  const V even = merge(v[0], v[2], from[0]) + merge(v[0], v[2], turned[0]);
+  const V odd = merge(v[1], v[3], from[0]) + merge(v[1], v[3], turned[0]);
+  return merge(even, odd, from[1]) + merge(even, odd, turned[1]);
 }
 
 // Pixels [x, x + kT) of row y; `in` is the corner of their windows in the band.
 template <int kT>
 void attend(const PlanTask& t, const float* in, int64_t row, const float* weight, int64_t y, int64_t x) {
+  constexpr int kFours = (kT + 3) / 4;
   const int64_t channels = t.in.channels, size = channels / 4;
-  const bool mixed = size % kL != 0;      // groups in a vector
-  alignas(64) float gates[kT][2 * kPad];  // the second half is never used
+  const bool mixed = size % kL != 0;  // groups in a vector
+  alignas(
+      64) float gates[kFours + 1][kPad];  // of four pixels each: number 4 g + i is that of group g; the last is room
   for (int64_t h = 0; h < kPad; h += kL) {
-    V sum[kT]{}, constant{};
+    V sum[4 * kFours]{}, constant{};
     for (int64_t i = 0; i < kL; ++i) constant[i] = t.gate.data[channels + (h + i) / 4];
     for (int64_t c = h; c < channels; c += kPad) {
       const float reach = t.bias[c / kPad];
@@ -834,7 +986,10 @@ void attend(const PlanTask& t, const float* in, int64_t row, const float* weight
         filter<kT, 3>(in + c, row, weight + c, channels, sum);
       }
     }
-    for (int i = 0; i < kT; ++i) store(gates[i] + h, apply(sum_of_four(sum[i]) + constant, PlanAct::kSigmoid));
+#pragma GCC unroll 2
+    for (int f = 0; f < kFours; ++f) {
+      store(gates[f] + h, apply(sums_of_four(sum + 4 * f) + constant, PlanAct::kSigmoid));
+    }
   }
   for (int64_t c = 0; c < channels; c += kL) {
     const int64_t first = c / size * 4;  // of the numbers for the groups that this vector belongs to
@@ -842,7 +997,8 @@ void attend(const PlanTask& t, const float* in, int64_t row, const float* weight
     for (int64_t l = 0; mixed && l < kL; ++l) lanes[l] = static_cast<int>((c + l) / size * 4 - first);
     for (int i = 0; i < kT; ++i) {
       const int64_t p = y * t.in.width + x + i;
-      const V gate = mixed ? shuffle(load(gates[i] + first), lanes) : splat(gates[i][first]);
+      const float* numbers = gates[i / 4] + first;
+      const V gate = mixed ? shuffle(load(numbers), lanes + i % 4) : splat(numbers[i % 4]);
       V result = load(t.in.data + p * t.in.stride + c) * gate;
       if (t.other.data) result += load(t.other.data + p * t.other.stride + c);
       put(t.out.data + p * t.out.stride + c, apply(result, t.step->act), t.out.room - c);
@@ -909,55 +1065,76 @@ void band(const PlanTask& t, float* scratch) {
   }
 }
 
-// The pixel of a map smaller by `factor` under pixel after pixel of one that is `width` wide.
+// Pixel after pixel, from `p` on, of a map smaller by `factor` under those of one that is `width` wide.
 struct Under {
-  int64_t width, factor, row_length;
-  int64_t x, y, row, column, part;
+  int64_t width, factor, stride, row_length;
+  int64_t x, y, part;
+  const float *row, *pixel;
 
-  FASTPOSE_INLINE Under(int64_t p, int64_t width_, int64_t factor_, int64_t row_length_)
-      : width(width_), factor(factor_), row_length(row_length_), x(p % width), y(p / width) {
-    row = y / factor * row_length;
-    column = x / factor;
+  FASTPOSE_INLINE Under(const PlanMap& map, int64_t p, int64_t width_, int64_t factor_)
+      : width(width_), factor(factor_), stride(map.stride), row_length(map.width * map.stride) {
+    x = p % width;
+    y = p / width;
     part = x % factor;
+    row = map.data + y / factor * row_length;
+    pixel = row + x / factor * stride;
   }
-  FASTPOSE_INLINE int64_t pixel() const { return row + column; }
   FASTPOSE_INLINE void next() {
-    if (++part == factor) part = 0, ++column;
+    if (factor == 1) {
+      pixel += stride;
+      return;
+    }
+    if (++part == factor) part = 0, pixel += stride;
     if (++x < width) return;
-    x = column = part = 0;
-    row = ++y / factor * row_length;
+    x = part = 0;
+    if (++y % factor == 0) row += row_length;
+    pixel = row;
   }
 };
 
-// kScale, kScalePixels, kAdd, kMultiply, kActivate and kOuter.
+// kScale, kScalePixels, kAdd, kMultiply, kActivate and kOuter. The usual activations are template arguments: the loop
+// is so short that choosing one would take as long as the rest.
+template <PlanOp kOp, int kAct>
+FASTPOSE_INLINE void pointwise_with(const PlanTask& t, int64_t tile) {
+  constexpr bool kOuter = kOp == PlanOp::kOuter, kByPixel = kOuter || kOp == PlanOp::kScalePixels;
+  const Range range = range_of(t, tile, t.out.pixels());
+  const int64_t channels = t.out.channels, room = t.out.room, width = t.out.width;
+  const int64_t whole = channels / kL * kL;
+  const PlanAct act = kAct == 0 ? PlanAct::kNone : kAct == 1 ? PlanAct::kRelu : t.step->act;
+  const bool summed = kOp != PlanOp::kMultiply && t.other.data != nullptr;
+  const float* by_channel = kOp == PlanOp::kScale ? t.gate.data : kOp == PlanOp::kScalePixels ? t.second.data : nullptr;
+  const bool third = kOp == PlanOp::kAdd && t.gate.data != nullptr;
+  const PlanMap none{};
+  Under other(t.other, range.begin, width, kOuter ? 1 : t.step->factor);
+  Under gate(kByPixel || third ? t.gate : none, range.begin, width,
+             kOuter  ? t.step->factor
+             : third ? t.step->kernel
+                     : 1);
+  const float* in = t.in.data + (kOuter ? 0 : range.begin * t.in.stride);
+  float* out = t.out.data + range.begin * t.out.stride;
+  for (int64_t p = range.begin; p < range.end; ++p, other.next(), gate.next(), out += t.out.stride) {
+    const V by_pixel = kByPixel ? splat(gate.pixel[0]) : V{};
+    const auto result = [&](int64_t c) {
+      V y = load(in + c);
+      if (kByPixel) y *= by_pixel;
+      if (by_channel) y *= load(by_channel + c) + t.step->constant;
+      if (kOp == PlanOp::kMultiply) y *= load(other.pixel + c);
+      if (summed) y += load(other.pixel + c);
+      if (third) y += load(gate.pixel + c);
+      return apply(y, act);
+    };
+    for (int64_t c = 0; c < whole; c += kL) store(out + c, result(c));
+    if (whole < channels) put(out + whole, result(whole), room - whole);
+    if (!kOuter) in += t.in.stride;
+  }
+}
+
 template <PlanOp kOp>
 void pointwise(const PlanTask& t, int64_t tile) {
-  constexpr bool kOuter = kOp == PlanOp::kOuter;
-  const Range range = range_of(t, tile, t.out.pixels());
-  const int64_t channels = t.out.channels;
-  const PlanMap& small = kOuter ? t.gate : t.other;  // by `factor`
-  const PlanAct act = t.step->act;
-  Under under(range.begin, t.out.width, t.step->factor, small.width);
-  Under third(range.begin, t.out.width, kOp == PlanOp::kAdd ? t.step->kernel : 1, t.gate.width);
-  for (int64_t p = range.begin; p < range.end; ++p, under.next(), third.next()) {
-    const float* in = t.in.data + (kOuter ? 0 : p * t.in.stride);
-    const float* other = t.other.data ? t.other.data + (kOuter ? p : under.pixel()) * t.other.stride : nullptr;
-    const float* more = kOp == PlanOp::kAdd && t.gate.data ? t.gate.data + third.pixel() * t.gate.stride : nullptr;
-    V scale{};
-    if (kOuter || kOp == PlanOp::kScalePixels) scale = splat(t.gate.data[(kOuter ? under.pixel() : p) * t.gate.stride]);
-    float* out = t.out.data + p * t.out.stride;
-    for (int64_t c = 0; c < channels; c += kL) {
-      V y = load(in + c);
-      if (kOp == PlanOp::kScale) scale = load(t.gate.data + c) + t.step->constant;
-      if (kOuter || kOp == PlanOp::kScalePixels || kOp == PlanOp::kScale) y *= scale;
-      if (kOp == PlanOp::kMultiply) {
-        y *= load(other + c);
-      } else if (other) {
-        y += load(other + c);
-      }
-      if (more) y += load(more + c);
-      put(out + c, apply(y, act), t.out.room - c);
-    }
+  switch (t.step->act) {
+    case PlanAct::kNone: return pointwise_with<kOp, 0>(t, tile);
+    case PlanAct::kRelu: return pointwise_with<kOp, 1>(t, tile);
+    default: return pointwise_with<kOp, 2>(t, tile);
   }
 }
 
@@ -968,10 +1145,12 @@ void interleave(const PlanTask& t, int64_t tile) {
   for (int64_t p = range.begin; p < range.end; ++p) {
     const float *a = t.in.data + p * t.in.stride, *b = t.other.data + p * t.other.stride;
     float* out = t.out.data + p * t.out.stride;
+    const V by_pixel = t.second.data ? splat(t.second.data[p * t.second.stride]) : V{};
     for (int64_t c = 0; c < channels; c += kL) {
       const V even = load(a + c);
       V odd = load(b + c);
       if (t.gate.data) odd *= load(t.gate.data + c) + t.step->constant;
+      if (t.second.data) odd *= by_pixel;
       odd = apply(odd, t.step->act);
       const int64_t room = t.out.room - 2 * c;
       put(out + 2 * c, interleave_low(even, odd), room);
@@ -1062,11 +1241,10 @@ void bilinear(const PlanTask& t, int64_t tile) {
 
 void copy_map(const PlanTask& t, int64_t tile) {
   const Range range = range_of(t, tile, t.out.pixels());
-  Under under(range.begin, t.out.width, t.step->factor, t.in.width);
-  for (int64_t p = range.begin; p < range.end; ++p, under.next()) {
-    const float* in = t.in.data + under.pixel() * t.in.stride;
+  Under in(t.in, range.begin, t.out.width, t.step->factor);
+  for (int64_t p = range.begin; p < range.end; ++p, in.next()) {
     float* out = t.out.data + p * t.out.stride;
-    for (int64_t c = 0; c < t.out.channels; c += kL) put(out + c, load(in + c), t.out.room - c);
+    for (int64_t c = 0; c < t.out.channels; c += kL) put(out + c, load(in.pixel + c), t.out.room - c);
   }
 }
 
@@ -1078,37 +1256,66 @@ void stack(const PlanTask& t) {
   }
 }
 
-// Mean, and maximum if the result has room for it, over a pixel's channels.
+// Lane i of the result is the sum, or the maximum, of all lanes of v[i]: halves of two vectors are put together, so
+// that each addition serves both.
+template <bool kMaximum>
+FASTPOSE_INLINE V across(V (&v)[kL]) {
+#pragma GCC unroll 4
+  for (int half = kL / 2; half > 0; half /= 2) {
+    IntVec<float> from{}, turned{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kL; ++i) {
+      from[i] = i & half ? i + kL : i;
+      turned[i] = i & half ? (i ^ half) + kL : i ^ half;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const V a = merge(v[i], v[i + half], from), b = merge(v[i], v[i + half], turned);
+      v[i] = kMaximum ? larger(a, b) : a + b;
+    }
+  }
+  return v[0];
+}
+
+// Mean, and maximum if the result has room for it, over a pixel's channels; as many pixels at a time as a vector has
+// lanes.
 void channel_stats(const PlanTask& t, int64_t tile) {
   const Range range = range_of(t, tile, t.out.pixels());
-  const int64_t channels = t.in.channels;
+  const int64_t channels = t.in.channels, whole = channels / kL * kL;
   const float factor = 1.0f / static_cast<float>(channels);
   const V lowest = splat(-__builtin_inff());
-  const IntVec<float> lane = lane_numbers();
-  for (int64_t p = range.begin; p < range.end; ++p) {
-    const float* in = t.in.data + p * t.in.stride;
-    V sum{}, most = lowest;
-    int64_t c = 0;
-    for (; c + kL <= channels; c += kL) {
-      const V x = load(in + c);
-      sum += x;
-      most = larger(most, x);
+  const IntVec<float> within = lane_numbers() < static_cast<int>(channels - whole);
+  for (int64_t p = range.begin; p < range.end; p += kL) {
+    const int64_t count = range.end - p < kL ? range.end - p : kL;
+    V sum[kL], most[kL];
+    for (int64_t i = 0; i < kL; ++i) {
+      const float* in = t.in.data + (p + (i < count ? i : 0)) * t.in.stride;
+      const auto value = [&](int64_t c) {
+        const V x = load(in + c);
+        return t.gate.data ? x * (load(t.gate.data + c) + t.step->constant) : x;
+      };
+      V s{}, m = lowest;
+      for (int64_t c = 0; c < whole; c += kL) {
+        const V x = value(c);
+        s += x;
+        m = larger(m, x);
+      }
+      if (whole < channels) {
+        const V x = value(whole);
+        s += within ? x : V{};
+        m = larger(m, within ? x : lowest);
+      }
+      sum[i] = s;
+      most[i] = m;
     }
-    if (c < channels) {
-      const IntVec<float> within = lane < static_cast<int>(channels - c);
-      const V x = load(in + c);
-      sum += within ? x : V{};
-      most = larger(most, within ? x : lowest);
-    }
-#pragma GCC unroll 4
-    for (int half = kL / 2; half > 0; half /= 2) {
-      const IntVec<float> turned = (lane + half) & (kL - 1);
-      sum += shuffle(sum, turned);
-      most = larger(most, shuffle(most, turned));
-    }
+    alignas(64) float means[kL], maxima[kL];
+    store(means, across<false>(sum) * factor);
+    if (t.out.channels > 1) store(maxima, across<true>(most));
     float* out = t.out.data + p * t.out.stride;
-    out[0] = sum[0] * factor;
-    if (t.out.channels > 1) out[1] = most[0];
+    for (int64_t i = 0; i < count; ++i) {
+      out[i * t.out.stride] = means[i];
+      if (t.out.channels > 1) out[i * t.out.stride + 1] = maxima[i];
+    }
   }
 }
 
@@ -1125,6 +1332,7 @@ struct PlanLevel {
       case PlanOp::kMean: return reduce<false>(t, tile, 1.0f / static_cast<float>(t.in.pixels()));
       case PlanOp::kSum: return reduce<false>(t, tile, 1.0f);
       case PlanOp::kMax: return reduce<true>(t, tile, 1.0f);
+      case PlanOp::kMeanMax: return mean_max(t, tile);
       case PlanOp::kMeanOfRows: return mean_of_rows(t, tile);
       case PlanOp::kMeanOfColumns: return mean_of_columns(t, tile);
       case PlanOp::kCoordinateMean: return coordinate_mean(t, tile);

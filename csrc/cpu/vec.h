@@ -51,6 +51,14 @@ FASTPOSE_INLINE Vec<A> splat(A a) {
   return a - Vec<A>{};
 }
 
+// v, which every use takes from a register: compilers would rather read memory again as an operand of each instruction.
+FASTPOSE_INLINE Vec<float> in_register(Vec<float> v) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Store that bypasses the caches, for results too large to be found there later. p must be vector-aligned.
 FASTPOSE_INLINE void stream(float* p, Vec<float> v) {
 #if defined(__x86_64__) && FASTPOSE_VECTOR_BYTES == 64
@@ -99,6 +107,18 @@ FASTPOSE_INLINE Vec<float> shuffle(Vec<float> v, IntVec<float> from) {
   return out;
 #else
   return __builtin_shuffle(v, from);
+#endif
+}
+
+// The same of two vectors: lane i is from[i] of both, those of b after those of a.
+FASTPOSE_INLINE Vec<float> merge(Vec<float> a, Vec<float> b, IntVec<float> from) {
+#if defined(__clang__)
+  Vec<float> out{};
+#pragma unroll
+  for (int i = 0; i < kLanes<float>; ++i) out[i] = from[i] < kLanes<float> ? a[from[i]] : b[from[i] - kLanes<float>];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
 #endif
 }
 
