@@ -270,6 +270,30 @@ def test_attention_takes_in_its_gate():
     assert count[SCALE] == 0 and count[MEAN_MAX] == count[CHANNEL_STATS] == count[SCALE_PIXELS] > 50
 
 
+class Statistics(nn.Module):
+    """Maps of one and two channels for a gate per pixel, whose pixels are not padded unless others read them too."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.stem, self.gate, self.other = nn.Conv2d(3, 19, 1), nn.Conv2d(2, 1, 7, 1, 3), nn.Conv2d(2, 5, 3, 2, 1)
+        self.shared = shared
+
+    def forward(self, x):
+        x = self.stem(x)
+        both = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        gate = torch.sigmoid(self.gate(both))
+        y = F.relu(x * gate + x)
+        if not self.shared:
+            return y
+        low = F.interpolate(self.other(both), scale_factor=2.0)
+        return torch.cat([y, both, gate + both[:, 1:], low, both[:, :1]], 1)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_maps_of_few_channels(shared):
+    compare(Statistics(shared), (1, 3, 24, 24), (3, 3, 2, 8), (1, 3, 4, 34))
+
+
 class Shuffle(nn.Module):
     """What Lite-HRNet adds: halves, channel shuffles, pooling to the smallest map, gates of a lower resolution."""
 
@@ -447,7 +471,7 @@ def test_every_instruction_set(level):
     code += "[t.test_rounded_products(*a) for a in t.BFLOAT16 + t.INT8]; "
     code += "t.test_transposed_depthwise_convolution(); t.test_additions_gates_and_activations(); "
     code += "t.test_attention_concatenation_and_exchange(); t.test_halves_shuffles_and_pooling(); "
-    code += "[t.test_gates(c, True) for c in (16, 19)]; "
+    code += "[t.test_gates(c, True) for c in (16, 19)]; [t.test_maps_of_few_channels(s) for s in (False, True)]; "
     code += "t.test_convolution_to_one_channel(2, 7, 3); t.test_parts_in_place(); t.test_fusion_by_channel_means(); "
     code += "t.test_winograd(17, 40); t.test_transposed_dense_convolution(24); t.test_max_pooling(3, 2, 1); "
     code += "[t.test_multi_scale_attention(c) for c in (16, 32, 48)]"

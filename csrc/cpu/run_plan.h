@@ -120,9 +120,8 @@ inline int64_t winograd_scratch(int64_t in_channels, int64_t out_channels) {
 }
 
 // Whether a convolution to one channel goes over planes instead of pixels.
-inline bool to_one(const PlanTask& t) {
-  return t.out.channels == 1 && t.in.channels <= 4 && t.step->stride == 1 && t.step->kernel > 1 &&
-         t.other.data == nullptr;
+inline bool to_one(const PlanStep& s, int64_t in_channels, int64_t out_channels) {
+  return out_channels == 1 && in_channels <= 4 && s.stride == 1 && s.kernel > 1 && s.other < 0;
 }
 
 }  // namespace fastpose

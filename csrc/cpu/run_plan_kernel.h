@@ -619,6 +619,11 @@ FASTPOSE_INLINE void to_one_tile(const PlanTask& t, const float* in, int64_t lin
 #pragma GCC unroll 4
     for (int b = 0; b < kB; ++b) store(result + b * kL, apply(r == 0 ? sum[0][b] : sum[1][b], t.step->act));
     float* to = out + r * t.out.width * t.out.stride;
+    if (t.out.stride == 1 && kB * kL <= left) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kB; ++b) store(to + b * kL, load(result + b * kL));
+      continue;
+    }
     for (int64_t i = 0; i < kB * kL && i < left; ++i) to[i * t.out.stride] = result[i];
   }
 }
@@ -662,12 +667,11 @@ void conv_to_one(const PlanTask& t, int64_t tile, float* scratch) {
 }
 
 // Depthwise convolution, output columns [x, x + kT) of one row, all channels. `rows` are the k input rows, null outside
-// the map; all columns lie inside it.
-template <int kT, int kK, int kS>
+// the map; kEdge if columns may see beyond it, too.
+template <int kT, int kK, int kS, bool kEdge>
 void depthwise_tile(const PlanTask& t, const float* weight, const float* const* rows, int64_t x, float* out) {
-  const int64_t stride = t.in.stride, left = (x * kS - t.step->padding) * stride;
-  const int64_t channels = t.out.channels, packed = pad(channels), room = t.out.room;
-  const PlanAct act = t.step->act;
+  const int64_t stride = t.in.stride, left = x * kS - t.step->padding, width = t.in.width;
+  const int64_t channels = t.out.channels, packed = pad(channels);
   for (int64_t c = 0; c < channels; c += kL) {
     V sum[kT];
     const V bias = load(t.bias + c);
@@ -676,13 +680,14 @@ void depthwise_tile(const PlanTask& t, const float* weight, const float* const* 
 #pragma GCC unroll 8
     for (int ky = 0; ky < kK; ++ky) {
       if (rows[ky] == nullptr) continue;
-      const float* in = rows[ky] + left + c;
+      const float* in = rows[ky] + left * stride + c;
       V w[kK];
 #pragma GCC unroll 8
       for (int kx = 0; kx < kK; ++kx) w[kx] = load(weight + (ky * kK + kx) * packed + c);
       // every input is read once, for all outputs that see it
 #pragma GCC unroll 32
       for (int j = 0; j < (kT - 1) * kS + kK; ++j) {
+        if (kEdge && (left + j < 0 || left + j >= width)) continue;
         const V v = in_register(load(in + j * stride));
 #pragma GCC unroll 8
         for (int kx = 0; kx < kK; ++kx) {
@@ -691,42 +696,15 @@ void depthwise_tile(const PlanTask& t, const float* weight, const float* const* 
         }
       }
     }
-    apply_all(sum, act);
-    put_all(out + c, t.out.stride, sum, room - c);
-  }
-}
-
-// The same for one column that sees beyond the map's border; a sum per kernel row, since one sum would wait for itself.
-template <int kK, int kS>
-void depthwise_edge(const PlanTask& t, const float* weight, const float* const* rows, int64_t x, float* out) {
-  const int64_t stride = t.in.stride, width = t.in.width, left = x * kS - t.step->padding;
-  const int64_t channels = t.out.channels, packed = pad(channels);
-  const int64_t begin = left < 0 ? -left : 0, end = left + kK > width ? width - left : kK;
-  for (int64_t c = 0; c < channels; c += kL) {
-    V sum[kK]{};
-    for (int64_t kx = begin; kx < end; ++kx) {
-#pragma GCC unroll 8
-      for (int ky = 0; ky < kK; ++ky) {
-        if (rows[ky] == nullptr) continue;
-        sum[ky] += load(rows[ky] + (left + kx) * stride + c) * load(weight + (ky * kK + kx) * packed + c);
-      }
-    }
-    V y = load(t.bias + c);
-#pragma GCC unroll 8
-    for (int ky = 0; ky < kK; ++ky) y += sum[ky];
-    put(out + c, apply(y, t.step->act), t.out.room - c);
+    apply_all(sum, t.step->act);
+    put_all(out + c, t.out.stride, sum, t.out.room - c);
   }
 }
 
 template <int kK, int kS>
 void depthwise_rows(const PlanTask& t, const float* weight, int64_t begin, int64_t end) {
   constexpr int kT = FASTPOSE_VECTOR_BYTES == 64 ? 8 : 4;
-  const PlanStep& s = *t.step;
-  const int64_t stride = t.in.stride, width = t.in.width, p = s.padding, columns = t.out.width;
-  // columns whose window lies inside the map
-  const int64_t safe_begin = (p + kS - 1) / kS;
-  const int64_t last = (width - kK + p) / kS;  // the last safe column, if width + p >= kK
-  const int64_t safe_end = width + p < kK ? 0 : last + 1 < columns ? last + 1 : columns;
+  const int64_t stride = t.in.stride, width = t.in.width, p = t.step->padding, columns = t.out.width;
   for (int64_t y = begin; y < end; ++y) {
     const float* rows[kK];
     for (int ky = 0; ky < kK; ++ky) {
@@ -736,11 +714,16 @@ void depthwise_rows(const PlanTask& t, const float* weight, int64_t begin, int64
     // channels innermost: memory is read in order, and the weights of all channels fit the second-level cache
     const int64_t to = t.out.stride;
     float* out = t.out.data + y * columns * to;
+    const auto inside = [&](int64_t x, int64_t n) { return x * kS >= p && (x + n - 1) * kS - p + kK <= width; };
     int64_t x = 0;
-    for (; x < columns && x < safe_begin; ++x) depthwise_edge<kK, kS>(t, weight, rows, x, out + x * to);
-    for (; x + kT <= safe_end; x += kT) depthwise_tile<kT, kK, kS>(t, weight, rows, x, out + x * to);
-    for (; x + 2 <= safe_end; x += 2) depthwise_tile<2, kK, kS>(t, weight, rows, x, out + x * to);
-    for (; x < columns; ++x) depthwise_edge<kK, kS>(t, weight, rows, x, out + x * to);
+    for (; x + kT <= columns; x += kT) {
+      inside(x, kT) ? depthwise_tile<kT, kK, kS, false>(t, weight, rows, x, out + x * to)
+                    : depthwise_tile<kT, kK, kS, true>(t, weight, rows, x, out + x * to);
+    }
+    for (; x + kT / 2 <= columns; x += kT / 2) {
+      depthwise_tile<kT / 2, kK, kS, true>(t, weight, rows, x, out + x * to);
+    }
+    for (; x < columns; ++x) depthwise_tile<1, kK, kS, true>(t, weight, rows, x, out + x * to);
   }
 }
 
@@ -1312,6 +1295,11 @@ void channel_stats(const PlanTask& t, int64_t tile) {
     store(means, across<false>(sum) * factor);
     if (t.out.channels > 1) store(maxima, across<true>(most));
     float* out = t.out.data + p * t.out.stride;
+    if (count == kL && t.out.stride == 2) {
+      store(out, interleave_low(load(means), load(maxima)));
+      store(out + kL, interleave_high(load(means), load(maxima)));
+      continue;
+    }
     for (int64_t i = 0; i < count; ++i) {
       out[i * t.out.stride] = means[i];
       if (t.out.channels > 1) out[i * t.out.stride + 1] = maxima[i];
@@ -1324,7 +1312,8 @@ void channel_stats(const PlanTask& t, int64_t tile) {
 struct PlanLevel {
   static void run(const PlanTask& t, int64_t tile, float* scratch) {
     switch (t.step->op) {
-      case PlanOp::kConv: return to_one(t) ? conv_to_one(t, tile, scratch) : conv(t, tile, scratch);
+      case PlanOp::kConv:
+        return to_one(*t.step, t.in.channels, t.out.channels) ? conv_to_one(t, tile, scratch) : conv(t, tile, scratch);
       case PlanOp::kConvBf16: return conv_bf16(t, tile, scratch);
       case PlanOp::kConvInt8: return conv_int8(t, tile, scratch);
       case PlanOp::kDepthwise: return depthwise(t, tile, scratch);
