@@ -9,6 +9,7 @@ convolutions around them; what remains is a list of a few instructions, each on 
 
 import copy
 import math
+import operator
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -470,6 +471,7 @@ class _Lowering:
             self.finish(_Step(REDUCTIONS[node.target], node, node, x), node, residual=False)
 
     def channel_stats(self, node: Node, x: Node) -> None:
+        """Mean, or mean and maximum, over the channels of `x`."""
         step = _Step(CHANNEL_STATS, node, node, x)
         gated = self.gated.get(x)
         if gated is not None:
@@ -538,8 +540,8 @@ class _Lowering:
         self.finish(step, step.node, residual=step.op != MULTIPLY)
 
     def both_gates(self, outer: _Step) -> _Step:
-        """Instead of the product of a gate per channel and one per pixel, `outer`, that of both and the map which is
-        the only use of it."""
+        """A map times the product of a gate per channel and one per pixel, `outer`, as one step, if that product has no
+        other use; otherwise `outer`."""
         product = self.follower(outer.node, MULTIPLICATIONS)
         if product is None:
             return outer
@@ -547,6 +549,11 @@ class _Lowering:
         if not isinstance(x, fx.Node) or x.meta["val"].shape != product.meta["val"].shape:
             return outer
         if x is outer.node or x in self.enlarged or x in self.gated:
+            return outer
+        if outer.node.meta["val"].shape != product.meta["val"].shape:
+            return outer
+        # what comes only now may still be left to its users
+        if x not in self.maps and x.target in (ENLARGE, aten.slice.Tensor, operator.getitem):
             return outer
         self.claimed.add(product)
         return _Step(SCALE_PIXELS, product, product, x, gate=outer.gate, second=outer.operand)
@@ -585,8 +592,10 @@ class _Lowering:
         if cat is None or len(cat.args[0]) != 2 or cat.args[0][1] is not step.node:
             return False
         first = cat.args[0][0]
+        if len(cat.args) < 2 or cat.args[1] % 4 != 1 or first.target is ENLARGE or first in self.enlarged:
+            return False
         end = self.shuffle_after(cat) if first.meta["val"].shape == step.node.meta["val"].shape else None
-        if end is None or first.target is ENLARGE or first in self.enlarged:
+        if end is None:
             return False
         self.claimed.add(cat)
         if step.op == SCALE_PIXELS:

@@ -255,6 +255,36 @@ class Gates(nn.Module):
         return torch.cat([self.again(a), c, F.relu(c * self.spatial(c))], 1)
 
 
+class NoPairOfGates(nn.Module):
+    """Products that look like a gate per channel times one per pixel, and what such gates cannot be folded into."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.stem, self.low, self.case = nn.Conv2d(3, 19, 1), nn.Conv2d(3, 19, 2, 2), case
+        self.channel, self.number, self.spatial = nn.Conv2d(19, 19, 1), nn.Conv2d(19, 1, 1), SpatialAttention(3)
+
+    def forward(self, x):
+        low, x = self.low(x), self.stem(x)
+        mean = x.mean((2, 3), keepdim=True)
+        channel, number = torch.sigmoid(self.channel(mean)), torch.sigmoid(self.number(mean))
+        if self.case == "number per image":
+            return x * (channel * number)
+        if self.case == "number times pixels":
+            return x * (self.spatial(x) * number)
+        if self.case == "enlarged later":
+            gate = channel * self.spatial(x)
+            return F.interpolate(low, scale_factor=2.0) * gate
+        enlarged = F.interpolate(low, scale_factor=2.0)
+        return channel_shuffle(torch.cat([enlarged, x * self.spatial(x)], 1), 2)
+
+
+@pytest.mark.parametrize(
+    "case", ["number per image", "number times pixels", "enlarged later", "shuffled with an enlarged map"]
+)
+def test_gates_that_stay_apart(case):
+    compare(NoPairOfGates(case), (1, 3, 24, 24), (3, 3, 2, 8))
+
+
 @pytest.mark.parametrize("serial", [False, True])
 @pytest.mark.parametrize("channels", [3, 16, 19, 40])
 def test_gates(channels, serial):

@@ -205,8 +205,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
   return plan;
 }
 
-// Maps of one or two channels that nobody reads or writes in whole vectors: pixel statistics and gates. They are not
-// padded, sixteen or eight times fewer bytes.
+// Maps of one or two channels no pixel of which is read or written as a vector: pixel statistics and gates. They are
+// not padded, sixteen or eight times fewer bytes.
 std::vector<char> narrow_maps(const Plan& plan) {
   std::vector<char> narrow(plan.channels.size());
   for (size_t m = 0; m < narrow.size(); ++m) narrow[m] = plan.channels[m] <= 2;

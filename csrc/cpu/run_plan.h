@@ -2,8 +2,9 @@
 // (fastpose/plan.py) and csrc/cpu/run_plan.cpp runs.
 //
 // Maps are channels-last, float, one image at a time: pixel p of a map begins at p * stride, where stride is the number
-// of channels rounded up to kPad, so that every vector is full; nothing depends on the padding. A map may also be a
-// range of another one's channels: concatenations are written in place and slices read in place.
+// of channels rounded up to kPad, so that every vector is full (but for the image and some maps of one or two channels,
+// see narrow_maps); nothing depends on the padding. A map may also be a range of another one's channels: concatenations
+// are written in place and slices read in place.
 #pragma once
 
 #include <cstdint>

@@ -515,6 +515,7 @@ void winograd(const PlanTask& t, int64_t tile, float* scratch) {
   product.bias = zeros;
   product.other.data = nullptr;
   product.out.stride = product.out.room = packed;
+  product.out.height = 1, product.out.width = kSquares;
   for (int64_t first = begin; first < end; first += kSquares) {
     const int64_t count = end - first < kSquares ? end - first : kSquares;
     for (int64_t i = 0; i < count; ++i) {
@@ -1260,8 +1261,8 @@ FASTPOSE_INLINE V across(V (&v)[kL]) {
   return v[0];
 }
 
-// Mean, and maximum if the result has room for it, over a pixel's channels; as many pixels at a time as a vector has
-// lanes.
+// Mean, and maximum if the result has room for it, over a pixel's channels, times their gates if there are any; as many
+// pixels at a time as a vector has lanes.
 void channel_stats(const PlanTask& t, int64_t tile) {
   const Range range = range_of(t, tile, t.out.pixels());
   const int64_t channels = t.in.channels, whole = channels / kL * kL;
