@@ -424,9 +424,7 @@ class _Lowering:
             self.claimed.add(norm)
             last = norm
         step = _Step(op, node, node, given["input"], kernel=k, stride=stride, padding=padding, weight=weight, bias=bias)
-        gated = self.gated.get(given["input"])
-        if gated is not None:
-            step.operand, step.gate, step.constant = gated.operand, gated.gate, gated.constant
+        self.take_gate(step)
         self.finish(step, last, residual=op in (CONV, CONV_BF16, CONV_INT8, WINOGRAD))
 
     def pad(self, node: Node) -> None:
@@ -473,10 +471,19 @@ class _Lowering:
     def channel_stats(self, node: Node, x: Node) -> None:
         """Mean, or mean and maximum, over the channels of `x`."""
         step = _Step(CHANNEL_STATS, node, node, x)
-        gated = self.gated.get(x)
-        if gated is not None:
-            step.operand, step.gate, step.constant = gated.operand, gated.gate, gated.constant
+        self.take_gate(step)
         self.end(step)
+
+    def take_gate(self, step: _Step) -> None:
+        """Let `step` apply the gate of its operand itself, if that was left to it."""
+        gated = self.gated.get(step.operand)
+        if gated is not None:
+            step.operand, step.constant = gated.operand, gated.constant
+            # a step with a gate of its own has another place for it
+            if step.gate is None:
+                step.gate = gated.gate
+            else:
+                step.second = gated.gate
 
     def mean_max(self, node: Node, x: Node) -> bool:
         """Mean and maximum over all pixels of one map, in one pass."""
@@ -520,10 +527,7 @@ class _Lowering:
                 break
             if small[1] == 1 and small[2:] == full[2:] and gate not in self.enlarged:
                 step = _Step(SCALE_PIXELS, node, node, x, gate=gate)
-                if x in self.gated:
-                    by_channel = self.gated[x]
-                    step.operand, step.second = by_channel.operand, by_channel.gate
-                    step.constant = by_channel.constant
+                self.take_gate(step)
                 break
             if small == full and x not in self.enlarged:
                 step = _Step(MULTIPLY, node, node, x, other=gate)
@@ -546,11 +550,9 @@ class _Lowering:
         if product is None:
             return outer
         x = product.args[1] if product.args[0] is outer.node else product.args[0]
-        if not isinstance(x, fx.Node) or x.meta["val"].shape != product.meta["val"].shape:
+        if not isinstance(x, fx.Node) or x is outer.node or x in self.enlarged or x in self.gated:
             return outer
-        if x is outer.node or x in self.enlarged or x in self.gated:
-            return outer
-        if outer.node.meta["val"].shape != product.meta["val"].shape:
+        if not x.meta["val"].shape == outer.node.meta["val"].shape == product.meta["val"].shape:
             return outer
         # what comes only now may still be left to its users
         if x not in self.maps and x.target in (ENLARGE, aten.slice.Tensor, operator.getitem):

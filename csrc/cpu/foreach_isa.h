@@ -5,8 +5,8 @@
 // for a fourth level, avx512_bf16, where FASTPOSE_BF16 is 1.
 //
 // Rules for a kernel file: everything inside namespace fastpose::FASTPOSE_ISA; standard headers are included before
-// this file, so that no library function is compiled for the wrong machine; no lambdas (compilers disagree on whether
-// they inherit the target); vectors come from cpu/vec.h.
+// this file, so that no library function is compiled for the wrong machine; lambdas are called where they stand and
+// are inlined there, since compilers disagree on whether they inherit the target; vectors come from cpu/vec.h.
 
 #if defined(__x86_64__)
 #define FASTPOSE_PRAGMA(...) _Pragma(#__VA_ARGS__)

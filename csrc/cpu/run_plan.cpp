@@ -466,9 +466,8 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
     if (s.op == PlanOp::kUpsample || s.op == PlanOp::kDeconv) rows = t.in.height, unit = 1;
     if (s.op == PlanOp::kGroupAttention) rows = t.out.height, unit = 1;
     const bool reduces = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
-                         s.op == PlanOp::kMeanOfColumns || s.op == PlanOp::kCoordinateMean;
-    if (reduces) rows = t.out.channels, unit = kPad;  // parts of the channels, each over all pixels
-    if (t.step->op == PlanOp::kMeanMax) rows = t.in.channels, unit = kPad;
+                         s.op == PlanOp::kMeanMax || s.op == PlanOp::kMeanOfColumns || s.op == PlanOp::kCoordinateMean;
+    if (reduces) rows = t.in.channels, unit = kPad;  // parts of the channels, each over all pixels
     const bool whole = s.op == PlanOp::kStack || s.op == PlanOp::kBand || s.op == PlanOp::kGroupSoftmax;
     if (whole) rows = unit = 1;
     // four tiles per thread, so that one who was interrupted does not hold up the others for long

@@ -786,56 +786,37 @@ void upsample(const PlanTask& t, int64_t tile) {
   }
 }
 
-// kMean, kSum and kMax over all pixels: four running values, since one would wait for itself.
-template <bool kMaximum>
+// kMean, kSum, kMax and kMeanMax over all pixels: four running values each, since one would wait for itself.
+// With both the sums end where the maxima begin.
+template <bool kSum, bool kMaximum>
 void reduce(const PlanTask& t, int64_t tile, float factor) {
-  const int64_t pixels = t.in.pixels(), stride = t.in.stride;
-  const Range channels = range_of(t, tile, t.out.channels);
-  for (int64_t c = channels.begin; c < channels.end; c += kL) {
-    V value[4];
-    for (int i = 0; i < 4; ++i) value[i] = kMaximum ? load(t.in.data + c) : V{};
-    int64_t p = 0;
-    for (; p + 4 <= pixels; p += 4) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const V x = load(t.in.data + (p + i) * stride + c);
-        value[i] = kMaximum ? larger(value[i], x) : value[i] + x;
-      }
-    }
-    for (; p < pixels; ++p) {
-      const V x = load(t.in.data + p * stride + c);
-      value[0] = kMaximum ? larger(value[0], x) : value[0] + x;
-    }
-    const V y = kMaximum ? larger(larger(value[0], value[1]), larger(value[2], value[3]))
-                         : (value[0] + value[1] + value[2] + value[3]) * factor;
-    put(t.out.data + c, apply(y, t.step->act), t.out.room - c);
-  }
-}
-
-// kMeanMax: both in one pass. The means end where the maxima begin.
-void mean_max(const PlanTask& t, int64_t tile) {
   const int64_t pixels = t.in.pixels(), stride = t.in.stride, all = t.in.channels;
   const Range channels = range_of(t, tile, all);
-  const float factor = 1.0f / static_cast<float>(pixels);
   for (int64_t c = channels.begin; c < channels.end; c += kL) {
-    V sum[4]{}, most[4];
-    for (int i = 0; i < 4; ++i) most[i] = load(t.in.data + c);
+    V sum[4]{}, most[4]{};
+    if (kMaximum) {
+      for (int i = 0; i < 4; ++i) most[i] = load(t.in.data + c);
+    }
+    const auto take = [&](int i, int64_t p) {
+      const V x = load(t.in.data + p * stride + c);
+      if (kSum) sum[i] += x;
+      if (kMaximum) most[i] = larger(most[i], x);
+    };
     int64_t p = 0;
     for (; p + 4 <= pixels; p += 4) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const V x = load(t.in.data + (p + i) * stride + c);
-        sum[i] += x;
-        most[i] = larger(most[i], x);
-      }
+      for (int i = 0; i < 4; ++i) take(i, p + i);
     }
-    for (; p < pixels; ++p) {
-      const V x = load(t.in.data + p * stride + c);
-      sum[0] += x;
-      most[0] = larger(most[0], x);
+    for (; p < pixels; ++p) take(0, p);
+    const int64_t first = kSum && kMaximum ? all : 0;  // channel of the first maximum
+    if (kSum) {
+      const V y = (sum[0] + sum[1] + sum[2] + sum[3]) * factor;
+      put(t.out.data + c, apply(y, t.step->act), (first > 0 ? all : t.out.room) - c);
     }
-    put(t.out.data + c, (sum[0] + sum[1] + sum[2] + sum[3]) * factor, all - c);
-    put(t.out.data + all + c, larger(larger(most[0], most[1]), larger(most[2], most[3])), t.out.room - all - c);
+    if (kMaximum) {
+      const V y = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+      put(t.out.data + first + c, apply(y, t.step->act), t.out.room - first - c);
+    }
   }
 }
 
@@ -955,8 +936,8 @@ void attend(const PlanTask& t, const float* in, int64_t row, const float* weight
   constexpr int kFours = (kT + 3) / 4;
   const int64_t channels = t.in.channels, size = channels / 4;
   const bool mixed = size % kL != 0;  // groups in a vector
-  alignas(
-      64) float gates[kFours + 1][kPad];  // of four pixels each: number 4 g + i is that of group g; the last is room
+  // of four pixels each: number 4 g + i is that of group g; the last is room
+  alignas(64) float gates[kFours + 1][kPad];
   for (int64_t h = 0; h < kPad; h += kL) {
     V sum[4 * kFours]{}, constant{};
     for (int64_t i = 0; i < kL; ++i) constant[i] = t.gate.data[channels + (h + i) / 4];
@@ -1319,10 +1300,10 @@ struct PlanLevel {
       case PlanOp::kConvInt8: return conv_int8(t, tile, scratch);
       case PlanOp::kDepthwise: return depthwise(t, tile, scratch);
       case PlanOp::kUpsample: return upsample(t, tile);
-      case PlanOp::kMean: return reduce<false>(t, tile, 1.0f / static_cast<float>(t.in.pixels()));
-      case PlanOp::kSum: return reduce<false>(t, tile, 1.0f);
-      case PlanOp::kMax: return reduce<true>(t, tile, 1.0f);
-      case PlanOp::kMeanMax: return mean_max(t, tile);
+      case PlanOp::kMean: return reduce<true, false>(t, tile, 1.0f / static_cast<float>(t.in.pixels()));
+      case PlanOp::kSum: return reduce<true, false>(t, tile, 1.0f);
+      case PlanOp::kMax: return reduce<false, true>(t, tile, 1.0f);
+      case PlanOp::kMeanMax: return reduce<true, true>(t, tile, 1.0f / static_cast<float>(t.in.pixels()));
       case PlanOp::kMeanOfRows: return mean_of_rows(t, tile);
       case PlanOp::kMeanOfColumns: return mean_of_columns(t, tile);
       case PlanOp::kCoordinateMean: return coordinate_mean(t, tile);
