@@ -432,6 +432,7 @@ def _export(options: argparse.Namespace) -> int:
         if options.format == "onnx":
             if options.fused:
                 raise ValueError("--fused is about TorchScript: other runtimes do not know fastpose's kernels")
+            print("PyTorch's ONNX exporter takes its time; for le_hrnet minutes", file=sys.stderr, flush=True)
             worst = export_onnx(model, options.output, size, codec)
             needs = f"any batch of {height}x{width}, compared by ONNX Runtime"
         else:

@@ -31,6 +31,7 @@ from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableB
 from fastpose.metrics import pck, torso_lengths
 from fastpose.skeletons import COCO17, LSP14
 from fastpose.train import Optimizer, Schedule, Stage, TrainConfig, train
+from fastpose.training.muon import Muon
 from fastpose.training.teacher import Teacher
 
 
@@ -133,8 +134,42 @@ def test_muon_takes_dense_convolutions_as_matrices(layout):
             order = (0, 2, 3, 1) if layout == torch.channels_last else (0, 1, 2, 3)
             matrix = nn.Parameter(old.permute(order).flatten(1))
             matrix.grad = p.grad.permute(order).flatten(1)
-            torch.optim.Muon([matrix], lr=0.02, weight_decay=0.02).step()
+            Muon([matrix], lr=0.02, weight_decay=0.02).step()
             assert torch.allclose(p.detach().permute(order).flatten(1), matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_that_of_pytorch(nesterov, monkeypatch):
+    """Over several steps, and state dicts can be exchanged. PyTorch's own rounds to bfloat16, which is kept from it."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    shapes = [(8, 8), (24, 8), (8, 24), (24, 8), (1, 5), (24, 8)]
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(s)) for s in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    still = ours[3].detach().clone()
+    settings = {"lr": 0.02, "weight_decay": 0.1, "nesterov": nesterov}
+    mine, reference = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = None if i == 3 else torch.randn_like(p) * (0 if i == 5 else 10.0**step)  # one absent, one zero
+            q.grad = None if p.grad is None else p.grad.clone()
+        mine.step()
+        reference.step()
+        for p, q in zip(ours, theirs, strict=True):
+            assert torch.allclose(p, q, atol=1e-5)
+        saved = mine.state_dict(), reference.state_dict()
+        mine.load_state_dict(saved[1])
+        reference.load_state_dict(saved[0])
+    assert torch.equal(ours[3], still)
+    assert torch.allclose(ours[5], theirs[5]) and torch.isfinite(ours[5]).all()
+
+
+def test_muon_refuses_what_it_does_not_do():
+    matrix = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="takes no closure"):
+        Muon([matrix]).step(lambda: 0.0)
+    with pytest.raises(ValueError, match="adjust_lr_fn must be None or 'original', got 'match_rms_adamw'"):
+        Muon([matrix], adjust_lr_fn="match_rms_adamw").step()
 
 
 @pytest.mark.parametrize(

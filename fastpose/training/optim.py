@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpose.training.muon import Muon
 from fastpose.training.settings import TrainConfig
 
 
@@ -76,7 +77,7 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = [first]
         self.rates = [config.lr]
         if self.views:
-            self.parts.append(torch.optim.Muon(self.views, lr=config.muon_lr, weight_decay=config.weight_decay))
+            self.parts.append(Muon(self.views, lr=config.muon_lr, weight_decay=config.weight_decay))
             self.rates.append(config.muon_lr)
 
     def backward(self, loss: Tensor) -> None:
