@@ -203,10 +203,11 @@ def extensions():
     # vectors passed between inlined functions; false alarms of GCC 12 in its own intrinsics
     flags += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
     link = ["-Wl,-s"] if sys.platform == "linux" else []
+    sanitize = []
     if os.environ.get("FASTPOSE_SANITIZE") == "1":
         # the asserts of -fsanitize=undefined stop at the first finding, so that a test fails
-        flags += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-        link = ["-fsanitize=address,undefined"]
+        sanitize = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        flags, link = [*flags, *sanitize], sanitize
     sources = ["csrc/library.cpp", *sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc/cpu").glob("*.cpp"))]
     ops = CppExtension(
         "fastpose._ops",
@@ -234,7 +235,8 @@ def extensions():
             include_dirs=[str(HERE / "csrc")],
             define_macros=[(k, f'"{v}"') for k, v in texts.items()],
             # no fused multiply-add: numpy has none either; vectors are passed between inlined functions only
-            extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi"],
+            extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", *sanitize],
+            extra_link_args=sanitize,
             cxx_std=17,
         )
         built.append(native)

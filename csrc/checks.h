@@ -62,6 +62,7 @@ inline std::pair<int64_t, int64_t> check_dw_upsample(const Tensor& x, const Tens
   FASTPOSE_CHECK(padding >= 0, op, ": padding must not be negative, got ", padding);
   FASTPOSE_CHECK(output_padding >= 0 && output_padding < stride, op, ": output_padding must be in [0, stride) = [0, ",
                  stride, "), got ", output_padding);
+  FASTPOSE_CHECK(x.size(2) > 0 && x.size(3) > 0, op, ": x must have at least one pixel, got ", shape(x));
   const int64_t k = weight.size(2);
   const int64_t height = (x.size(2) - 1) * stride - 2 * padding + k + output_padding;
   const int64_t width = (x.size(3) - 1) * stride - 2 * padding + k + output_padding;

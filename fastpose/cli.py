@@ -327,6 +327,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     from fastpose.checkpoints import is_fastpose, resolve_weights
     from fastpose.data import MISSING, UNREADABLE
+    from fastpose.data.datasets import IN_COCO_FORMAT
     from fastpose.distributed import rank
     from fastpose.evaluate import Evaluation, evaluate, to_text
     from fastpose.files import write_json
@@ -336,6 +337,12 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     if options.boxes:
         more |= {"detections": options.boxes, "least_score": options.least_score}
     if options.predictions:
+        if options.dataset not in IN_COCO_FORMAT:
+            known = ", ".join(IN_COCO_FORMAT)
+            raise ValueError(
+                f"--predictions needs annotations in COCO's format: --dataset must be one of {known}, "
+                f"got {options.dataset!r}"
+            )
         result = Evaluation.of_results(
             _load_data(options, keep_missing=True, **more), options.predictions, options.evaluator
         )

@@ -11,14 +11,15 @@ import numpy as np
 from fastpose.checkpoints import WeightsInfo
 from fastpose.codecs import AssociativeEmbeddingCodec
 from fastpose.data import UNREADABLE, PoseData, Report, to_results
+from fastpose.data.base import OUTSIDE
 from fastpose.data.coco import read_json
 from fastpose.distributed import shared_map
 from fastpose.files import write_json
 from fastpose.geometry import crop_matrix
 from fastpose.images import Array, ImageError, write_image
-from fastpose.pipeline import PoseEstimator
+from fastpose.pipeline import WHOLE_IMAGE, PoseEstimator
 from fastpose.poses import Poses
-from fastpose.scoring import Score, score_found, score_poses, score_results
+from fastpose.scoring import Score, check_metric, score_found, score_poses, score_results
 from fastpose.sheets import Case, contact_sheet
 
 
@@ -137,6 +138,7 @@ def evaluate(
     """
     if estimator.skeleton.names != data.skeleton.names:
         raise ValueError(f"the weights have skeleton {estimator.skeleton.name!r}, the data set {data.skeleton.name!r}")
+    check_metric(data)
     codec = estimator.info.codec
     if isinstance(codec, AssociativeEmbeddingCodec):
         return _evaluate_whole_images(estimator, data, evaluator, quiet, share)
@@ -216,7 +218,7 @@ def _estimate_boxes(estimator: PoseEstimator, data: PoseData, batch: list[list[i
         usable &= np.isfinite(data.boxes[rows]).all(1)
         for row in np.array(rows)[~usable]:
             text = f"{path.name}: {data.boxes[row].tolist()}"
-            part.findings.append(("box outside the image (not estimated)", text))
+            part.findings.append((OUTSIDE, text))
         if usable.any():
             images.append(image)
             boxes.append(data.boxes[np.array(rows)[usable]])
@@ -247,6 +249,7 @@ def _evaluate_whole_images(
             return error
         return estimator.estimate([image], [None])[0]
 
+    estimator.prepare(WHOLE_IMAGE * len(annotated))  # whoever takes which part
     results = shared_map(estimate, range(len(annotated)), share=share, unit="image", quiet=quiet)
     for i, result in enumerate(results):
         if isinstance(result, Poses):

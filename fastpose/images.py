@@ -127,9 +127,15 @@ def to_rgb(image: Any, channel_order: str) -> Array:
     if isinstance(image, (str, Path)):
         return read_image(image)
     if type(image).__module__.partition(".")[0] == "PIL":
-        return np.ascontiguousarray(np.asarray(image.convert("RGB")))
+        try:
+            return np.ascontiguousarray(np.asarray(image.convert("RGB")))
+        except (OSError, SyntaxError, ValueError) as error:  # files are opened before they are decoded
+            raise ImageError(f"PIL image {getattr(image, 'filename', '')!r} cannot be decoded: {error}") from None
     if hasattr(image, "detach"):  # torch.Tensor
-        image = image.detach().cpu().numpy()
+        try:
+            image = image.detach().cpu().numpy()
+        except TypeError:  # bfloat16, which numpy does not have
+            raise ImageError(f"image must be uint8 (or uint16), got {image.dtype}") from None
         if channels_first(image.shape):
             image = image.transpose(1, 2, 0)
     if not isinstance(image, np.ndarray):

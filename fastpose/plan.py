@@ -355,7 +355,8 @@ class _Lowering:
         """Fold what follows `last`, an addition and an activation, into `step` and note where it ends."""
         if residual:
             add = self.follower(last, ADDITIONS)
-            if add is not None and len(add.args) == 2 and all(isinstance(a, fx.Node) for a in add.args):
+            plain = add is not None and len(add.args) == 2 and not add.kwargs
+            if add is not None and plain and all(isinstance(a, fx.Node) for a in add.args):
                 other = add.args[1] if add.args[0] is last else add.args[0]
                 same = other.meta["val"].shape == add.meta["val"].shape
                 if other is not last and same and other.target is not ENLARGE:
@@ -730,7 +731,8 @@ class _Lowering:
         x, dim, first = (*node.args, 0, 0)[:3]
         if dim % 4 != 1 or len(node.args) > 4:
             raise NotOptimizable(f"{self.name}: {node.format_node()} is not supported")
-        self.range(x, first or 0, node)
+        first = first or 0
+        self.range(x, max(0, first + self.channels(x)) if first < 0 else first, node)
 
     def range(self, x: Node, first: int, part: Node) -> None:
         """`part` is channels of `x` from `first` on."""

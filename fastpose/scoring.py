@@ -51,6 +51,19 @@ class Score:
     results: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
+def check_metric(data: PoseData) -> None:
+    """Raise ValueError if `data` lacks what its metric needs: annotations in COCO's format, or a reference length."""
+    if data.metric == "AP" and (data.annotated is None or data.image_index is None):
+        raise ValueError("AP needs annotations in COCO's format")
+    if data.metric == "PCKh@0.5" and (data.head_sizes is None or not np.isfinite(data.head_sizes).any()):
+        raise ValueError(
+            "PCKh needs head boxes, which the data does not have; for MPII in the HRNet repository's format they "
+            "are in annot/gt_valid.mat"
+        )
+    if data.metric == "PCK@0.2":
+        torso_lengths(data.keypoints, data.labelled, data.skeleton)
+
+
 def score_poses(
     data: PoseData,
     keypoints: Array,
@@ -81,10 +94,10 @@ def score_poses(
     if keypoints.shape != (n, k, 2) or keypoint_scores.shape != (n, k):
         got = f"{list(keypoints.shape)} and {list(keypoint_scores.shape)}"
         raise ValueError(f"expected keypoints [{n}, {k}, 2] and keypoint_scores [{n}, {k}], got {got}")
+    check_metric(data)
     if data.metric != "AP":
         return _score_by_distance(data, keypoints)
-    if data.annotated is None or data.image_index is None:
-        raise ValueError("AP needs annotations in COCO's format")
+    assert data.annotated is not None and data.image_index is not None
     points, point_scores = torch.from_numpy(keypoints).double(), torch.from_numpy(keypoint_scores).double()
     scores = rescore(point_scores, torch.from_numpy(data.box_scores).double(), keypoint_threshold)
     keep = np.ones(n, bool)
@@ -150,6 +163,7 @@ def score_found(data: PoseData, entries: list[Any], evaluator: str = "fastpose")
     """
     if data.annotated is None or data.image_index is None:
         raise ValueError("found people are scored with annotations in COCO's format only")
+    check_metric(data)
     if data.metric == "AP":
         return score_results(data.annotated, entries, data.skeleton, evaluator)
     sides = (data.boxes[:, 2:] - data.boxes[:, :2]).astype(np.float64)
@@ -187,11 +201,7 @@ def _by_name(skeleton: Skeleton, total: Array, count: Array) -> dict[str, float]
 def _score_by_distance(data: PoseData, keypoints: Array) -> Score:
     numbers: dict[str, float] = {}
     if data.metric == "PCKh@0.5":
-        if data.head_sizes is None or not np.isfinite(data.head_sizes).any():
-            raise ValueError(
-                "PCKh needs head boxes, which the data does not have; for MPII in the HRNet repository's format they "
-                "are in annot/gt_valid.mat"
-            )
+        assert data.head_sizes is not None
         lengths, fraction = data.head_sizes, 0.5
         value, per_keypoint = pckh(keypoints, data.keypoints, data.labelled, lengths, data.skeleton)
         numbers["PCKh@0.5"] = value

@@ -46,7 +46,14 @@ from fastpose.preprocess import normalize
 from fastpose.skeletons import SKELETONS, Skeleton, skeleton_to_dict
 from fastpose.training.optim import Average, Optimizer, Schedule
 from fastpose.training.records import Log, check_config, report_data, save_state, write_config
-from fastpose.training.samples import Store, load_split, make_dataset, open_store, scenes_to_validate
+from fastpose.training.samples import (
+    Store,
+    check_validation,
+    load_split,
+    make_dataset,
+    open_store,
+    scenes_to_validate,
+)
 from fastpose.training.settings import Stage, TrainConfig
 from fastpose.training.sync_norm import synchronize_batch_norm
 from fastpose.training.teacher import Teacher
@@ -80,8 +87,9 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
     torch.manual_seed(config.seed)
 
     train_data, val_data = (load_split(config, split) for split in config.splits)
+    val_data = scenes_to_validate(config, val_data, output, resume) if config.bottom_up else val_data
+    check_validation(val_data)
     store = open_store(config, train_data, quiet or not first)
-    val_data = scenes_to_validate(config, val_data, output) if config.bottom_up else val_data
     schedule = Schedule(config, len(store))
 
     model = _create_model(config, train_data.skeleton).to(device)
@@ -139,6 +147,8 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
             candidate = output / "candidate.safetensors"
             if first:
                 save_weights(candidate, average.state, info)
+                if step == stage_end:  # before last.pt says that it is done
+                    save_weights(output / "final.safetensors", average.state, info)
             wait_for_all()
             result, val_data = validate(candidate, val_data, device=device)
             # of equals the later: with few images to validate on AP stays 0 for long
@@ -168,8 +178,6 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
                     best=best,
                 )
             started, images, losses = time.time(), 0, []
-        if first:
-            save_weights(output / "final.safetensors", average.state, info)
     progress.close()
     return best if best >= 0 else math.nan
 

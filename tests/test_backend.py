@@ -39,6 +39,8 @@ def test_switched_off():
 
 
 def test_wrong_value():
+    done = run("import fastpose", FASTPOSE_CPU_ISA="AVX2")
+    assert "FASTPOSE_CPU_ISA must be one of baseline, avx2, avx512, avx512_bf16, got 'AVX2'" in done.stderr
     done = run("import fastpose", FASTPOSE_FUSED="yes")
     assert "FASTPOSE_FUSED must be 'auto', '0' or '1', got 'yes'" in done.stderr
 

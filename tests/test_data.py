@@ -205,6 +205,24 @@ def test_detections(tmp_path):
     }
     with pytest.raises(ValueError, match="expected a list of"):
         load_dataset("coco", tmp_path, "val", detections=tmp_path / "annotations" / "person_keypoints_val2017.json")
+    data = load_dataset("coco", tmp_path, "val", detections=[{**first, "category_id": {}}])
+    assert kinds(data.report) == {"detection of another category": 1, "no detection is left": 1} and data.report.wrong
+
+
+def test_the_category_is_that_of_the_annotations(tmp_path):
+    content = datasets.coco_content(("a", "b"))
+    content["categories"][0]["id"] = 7
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 7
+    datasets.write_coco(tmp_path, content, "annotations.json", "images")
+    found = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 1} for a in content["annotations"]]
+    data = load_dataset("custom", tmp_path, "all", detections=[*found, {**found[0], "category_id": 1}])
+    assert len(data) == len(found) and kinds(data.report) == {"detection of another category": 1}
+    entries = to_results(data.annotated, data.image_index[:1], np.zeros((1, 2, 2)), np.zeros((1, 2)), np.ones(1))
+    assert entries[0]["category_id"] == 7
+    half = data.first_images(3)
+    entries = to_results(half.annotated, half.image_index[:1], np.zeros((1, 2, 2)), np.zeros((1, 2)), np.ones(1))
+    assert entries[0]["category_id"] == 7
 
 
 def test_results_survive_the_round_trip(tmp_path):

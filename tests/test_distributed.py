@@ -111,7 +111,7 @@ def test_two_processes_evaluate_as_one(tmp_path):
 
 
 def test_two_processes_evaluate_a_bottom_up_network_as_one(tmp_path):
-    datasets.write_standard_coco(tmp_path, images=5)
+    datasets.write_standard_coco(tmp_path, images=20)  # more than are estimated before the network is optimised
     torch.manual_seed(0)
     model = fastpose.create_model("lightweight_hrnet_448", num_keypoints=17, r=-8)
     info = WeightsInfo(

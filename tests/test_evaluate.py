@@ -204,6 +204,8 @@ def test_command_line(tmp_path, capsys):
     # the same numbers from the file it wrote, without network or images
     (tmp_path / "data" / "val2017").rename(tmp_path / "elsewhere")
     assert main([*common, "--predictions", str(tmp_path / "r.json"), f"--json={tmp_path / 'm.json'}"]) == 0
+    assert main(["evaluate", str(tmp_path), "--predictions", str(tmp_path / "r.json")]) == 2
+    assert "--dataset must be one of coco, crowdpose, custom, got 'lspet'" in capsys.readouterr().err
     again = json.loads((tmp_path / "m.json").read_text())
     assert again["numbers"] == numbers["numbers"] and again["per_keypoint"] == numbers["per_keypoint"]
     assert main([*common, *weights]) == 2 and "none of the 6 images" in capsys.readouterr().err

@@ -157,6 +157,7 @@ def test_bad_images_and_settings(estimator, photo):
         (np.zeros((0, 4, 3), np.uint8), "no pixels"),
         (np.zeros((4, 4, 3)), "must be uint8 .* got float64"),
         (None, "got NoneType"),
+        (torch.zeros(3, 4, 4, dtype=torch.bfloat16), "must be uint8 .* got torch.bfloat16"),
     ):
         with pytest.raises(ImageError, match=message):
             estimator(image)
@@ -305,6 +306,14 @@ def test_image_files_that_cannot_be_used(tmp_path, photo):
         find_images(str(tmp_path / "folder"))
     with pytest.raises(ImageError, match="no file matches"):
         find_images(str(tmp_path / "x*.jpg"))
+
+
+def test_a_pil_image_that_turns_out_to_be_cut(tmp_path, photo, estimator):
+    pil = pytest.importorskip("PIL.Image")
+    cv2.imwrite(str(tmp_path / "good.png"), photo)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:3000])
+    bad, good = estimator.stream([pil.open(tmp_path / "cut.png"), photo])
+    assert isinstance(bad, ImageError) and "cut.png' cannot be decoded: " in str(bad) and len(good)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])

@@ -556,6 +556,30 @@ def test_nan_stays_nan_and_in_its_image():
     assert got[1].isnan().any() and torch.equal(got[0], clean[0]) and torch.equal(got[2], clean[2])
 
 
+class SliceFromTheEnd(nn.Module):
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.stem, self.next, self.first = nn.Conv2d(3, 24, 1), nn.Conv2d(8, 5, 1), first
+
+    def forward(self, x):
+        return self.next(self.stem(x)[:, self.first :][:, -8:])
+
+
+@pytest.mark.parametrize("first", [0, 11, -13, -40])
+def test_slices_from_the_end(first):
+    compare(SliceFromTheEnd(first), (2, 3, 5, 4))
+
+
+class ScaledSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.add(self.conv(x), x, alpha=2)
+
+
 class Split(nn.Module):
     def forward(self, x):
         return x.view(x.shape[0], 3, 1, 8, 8).sigmoid()
@@ -574,6 +598,7 @@ def test_what_is_not_understood_is_named():
         (nn.Softplus(), "aten.softplus.default giving .* is not in the table of patterns"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Hardtanh()), "hardtanh.*expected bounds 0 and 6"),
         (Split(), "view.* is not part of a channel shuffle"),
+        (ScaledSum(), r"the addition .*aten.add.Tensor.*alpha: 2.* is not supported"),
         (nn.ConvTranspose2d(3, 6, 2, 2), r"convolution with weight .*, transposed is not supported"),
         (nn.Conv2d(3, 6, 3, groups=3), r"convolution with weight \[6, 1, 3, 3\].*is not supported"),
         (GatedUpsampling(), "aten.upsample_nearest2d.* is used by aten.mul.Tensor, which is not supported"),

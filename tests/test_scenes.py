@@ -35,7 +35,7 @@ from fastpose.poses import Poses
 from fastpose.preprocess import normalize
 from fastpose.skeletons import COCO17, LSP14
 from fastpose.train import train
-from fastpose.training.samples import load_split, make_dataset, open_store
+from fastpose.training.samples import load_split, make_dataset, open_store, scenes_to_validate
 from fastpose.training.settings import Stage, TrainConfig
 from fastpose.training.teacher import Teacher, _window
 from tests import datasets
@@ -252,6 +252,20 @@ def test_training_on_mosaics_and_going_on(tmp_path, metric, monkeypatch):
     monkeypatch.setattr(module, "save_state", original)
     assert main(["train", "--quiet", "--resume", *base, f"output={tmp_path / 'part'}"]) == 0
     same_run(tmp_path / "whole", tmp_path / "part")
+
+
+def test_mosaics_of_another_run_are_not_taken(tmp_path):
+    data = load_dataset("lsp", write_lsp(tmp_path / "lsp"), "val")
+    config = TrainConfig(
+        data="", output="", dataset="lsp", model="lightweight_hrnet_448", mosaic=4, stages=(Stage((64, 64), 1.0, 4),)
+    )
+    first = scenes_to_validate(config, data, tmp_path)
+    (tmp_path / "mosaics" / "images" / "000000.png").write_bytes(b"mine")
+    other = replace(config, stages=(Stage((96, 64), 1.0, 4),))
+    assert scenes_to_validate(other, data, tmp_path, resume=True).annotated.sizes.tolist() == [[64, 64]] * 3
+    again = scenes_to_validate(other, data, tmp_path)
+    assert again.annotated.sizes.tolist() == [[96, 64]] * 3 and again.annotated.read(0).shape == (96, 64, 3)
+    assert len(first.annotated) == 3
 
 
 def test_stages_have_scenes_of_their_own(tmp_path):

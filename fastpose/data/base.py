@@ -19,6 +19,7 @@ Array = NDArray[Any]
 METRICS = ("PCK@0.2", "PCKh@0.5", "AP")
 # kinds of findings that every data set may have
 MISSING, UNREADABLE = "image file missing", "image cannot be read"
+OUTSIDE = "box outside the image (not estimated)"
 
 
 @dataclass
@@ -72,12 +73,14 @@ class AnnotatedImages:
         ids: identifiers as the annotation file has them, which result files use.
         files: paths. sizes: int64 [I, 2], (height, width) as annotated, 0 if it is not said.
         people: everybody annotated, crowds included, in the order of `ids`; what average precision is measured against.
+        category: the people's, in the annotation file and in files of results.
     """
 
     ids: tuple[int | str, ...]
     files: tuple[Path, ...]
     sizes: Array
     people: KeypointTruth
+    category: int | str = 1
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.files), len(self.sizes), len(self.people.image_ids)}
@@ -93,7 +96,7 @@ class AnnotatedImages:
             return self
         at = np.flatnonzero(chosen)
         ids, files = tuple(self.ids[i] for i in at), tuple(self.files[i] for i in at)
-        return AnnotatedImages(ids, files, self.sizes[at], self.people.of_images(chosen))
+        return AnnotatedImages(ids, files, self.sizes[at], self.people.of_images(chosen), self.category)
 
     def read(self, i: int) -> Array:
         """Image `i`: uint8 RGB [H, W, 3], turned as the annotations want it; raises `ImageError`."""

@@ -23,6 +23,7 @@ from fastpose.average_precision import KeypointResults, KeypointTruth
 from fastpose.data.base import (
     KEYPOINT_MARGIN,
     MISSING,
+    OUTSIDE,
     AnnotatedImages,
     Array,
     PoseData,
@@ -148,9 +149,10 @@ def load_coco_format(
     paths = tuple(files[i] or image_folders[0] / images[i]["file_name"] for i in kept)
     sizes = np.array([images[i]["size"] for i in kept], np.int64).reshape(-1, 2)
     truth = _truth(people, order, skeleton.num_keypoints, _crowd_index([images[i] for i in kept]))
-    annotated = AnnotatedImages(tuple(kept), paths, sizes, truth)
+    category = 1 if not categories or 1 in categories else min(categories, key=str)
+    annotated = AnnotatedImages(tuple(kept), paths, sizes, truth, category)
     if detections is not None:
-        return _detected(detections, least_score, annotated, skeleton, report)
+        return _detected(detections, least_score, annotated, categories or {1}, skeleton, report)
 
     at = np.flatnonzero([p.usable for p in people])
     places, boxes = truth.image[at], truth.boxes[at]
@@ -341,7 +343,7 @@ def _person(
         report.add("box without area (not estimated)", name)
         usable = False
     elif usable and (x2 <= x1 or y2 <= y1):
-        report.add("box outside the image (not estimated)", name)
+        report.add(OUTSIDE, name)
         usable = False
     if crowd:
         report.add("crowd region", name, wrong=False)
@@ -357,7 +359,12 @@ def _person(
 
 
 def _detected(
-    detections: str | Path | list[Any], least: float, annotated: AnnotatedImages, skeleton: Skeleton, report: Report
+    detections: str | Path | list[Any],
+    least: float,
+    annotated: AnnotatedImages,
+    categories: set[Any],
+    skeleton: Skeleton,
+    report: Report,
 ) -> PoseData:
     where = "detections" if isinstance(detections, list) else Path(detections).name
     content = detections if isinstance(detections, list) else read_json(detections, "detection file")
@@ -369,7 +376,7 @@ def _detected(
         box = _numbers(entry.get("bbox"), 4) if isinstance(entry, dict) else None
         if box is None or not is_number(entry.get("score")) or not _is_id(entry.get("image_id")):
             report.add("detection without image_id, bbox [x, y, width, height] or score", f"{where}[{i}]")
-        elif entry.get("category_id", 1) != 1:
+        elif "category_id" in entry and not (_is_id(entry["category_id"]) and entry["category_id"] in categories):
             report.add("detection of another category", f"{where}[{i}]", wrong=False)
         elif entry["image_id"] not in place:
             report.add("detection on an image that is not evaluated", entry["image_id"], wrong=False)
@@ -382,6 +389,8 @@ def _detected(
             boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]])
             scores.append(entry["score"])
     n, k = len(at), skeleton.num_keypoints
+    if content and n == 0:
+        report.add("no detection is left", where)
     return PoseData(
         skeleton,
         tuple(annotated.files[i] for i in at),
@@ -479,7 +488,7 @@ def load_custom(
 def to_results(
     annotated: AnnotatedImages, image_index: Array, keypoints: Array, keypoint_scores: Array, scores: Array
 ) -> list[dict[str, Any]]:
-    """Result entries in COCO's submission format: image_id, category_id 1, keypoints [x, y, score, ...], score.
+    """Result entries in COCO's submission format: image_id, category_id, keypoints [x, y, score, ...], score.
 
     Args:
         image_index: [N] positions in `annotated`; keypoints: [N, K, 2] pixels; keypoint_scores: [N, K]; scores: [N].
@@ -489,7 +498,7 @@ def to_results(
     return [
         {
             "image_id": annotated.ids[int(i)],
-            "category_id": 1,
+            "category_id": annotated.category,
             "keypoints": [round(v, 3) for v in row],
             "score": float(score),
         }

@@ -7,7 +7,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import cv2
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from fastpose.data.base import UNREADABLE, Array, PoseData
+from fastpose.data.base import OUTSIDE, UNREADABLE, Array, PoseData
 from fastpose.geometry import apply_affine, crop_matrix, warp_crop
 from fastpose.images import ImageError
 from fastpose.skeletons import Skeleton
@@ -39,7 +38,7 @@ class Augmentation:
         half_body: probability of cropping around the keypoints above or below the waist only; not for whole images.
         contrast: factor uniform in exp(+- this); gain: standard deviation of a factor per colour channel;
         brightness: uniform +- this, in grey levels; grey: probability of removing colour.
-        erase: probability of covering one random rectangle with noise.
+        erase: probability of covering one random rectangle with one random colour.
     """
 
     any_rotation: float = 0.0
@@ -109,17 +108,21 @@ class _Person:
     box: Array  # float32 [4] in pixels of `image`
 
 
+class OutsideError(ImageError):
+    """A person who is not on their image."""
+
+
 class DecodedStore(ABC, Generic[T]):
     """Decoded parts of a data set, kept in memory up to `memory` bytes; the others are read from their files each time.
 
-    An image that cannot be read is replaced by a black one without labels: it is reported in `data.report`, and if that
-    happens later, on stderr. `quiet`: no progress bar while the first ones are read.
+    An image that cannot be read, or a person beside it, is replaced by a black one without labels: it is reported in
+    `data.report`, and if that happens later, on stderr. `quiet`: no progress bar while the first ones are read.
     """
 
     def __init__(self, data: PoseData, count: int, memory: float, quiet: bool) -> None:
         self.data = data
         self.kept: list[T | None] = [None] * count
-        self.unreadable: set[Path] = set()
+        self.reported: set[str] = set()
         for i in tqdm(range(count), desc="reading", unit="image", disable=quiet):
             if memory <= 0:
                 break
@@ -128,9 +131,6 @@ class DecodedStore(ABC, Generic[T]):
 
     def __len__(self) -> int:
         return len(self.kept)
-
-    @abstractmethod
-    def _file(self, i: int) -> Path: ...
 
     @abstractmethod
     def _load(self, i: int) -> T: ...
@@ -150,9 +150,9 @@ class DecodedStore(ABC, Generic[T]):
         try:
             return self._load(i)
         except ImageError as error:
-            if self._file(i) not in self.unreadable:
-                self.unreadable.add(self._file(i))
-                self.data.report.add(UNREADABLE, error)
+            if str(error) not in self.reported:
+                self.reported.add(str(error))
+                self.data.report.add(OUTSIDE if isinstance(error, OutsideError) else UNREADABLE, error)
                 if announce:
                     tqdm.write(f"fastpose: trained without {error}", file=sys.stderr)
         return self._blank()
@@ -171,9 +171,6 @@ class CropStore(DecodedStore[_Person]):
         self.side = side
         super().__init__(data, len(data), memory, quiet)
 
-    def _file(self, i: int) -> Path:
-        return self.data.images[i]
-
     def _blank(self) -> _Person:
         k = self.data.skeleton.num_keypoints
         box = np.array([0, 0, 8, 8], np.float32)
@@ -191,8 +188,10 @@ class CropStore(DecodedStore[_Person]):
         half = self.REACH * extent / 2
         x1, y1 = np.maximum(np.floor(centre - half).astype(int), 0)
         x2, y2 = np.minimum(np.ceil(centre + half).astype(int) + 1, [image.shape[1], image.shape[0]])
-        part = image[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
-        part, ratio = reduce(part, side / extent)
+        if x1 >= x2 or y1 >= y2:
+            size = f"{image.shape[1]}x{image.shape[0]}"
+            raise OutsideError(f"{self.data.images[i]}: nothing of the box {box.tolist()} is in the {size} image")
+        part, ratio = reduce(image[y1:y2, x1:x2], side / extent)
         origin = np.array([x1, y1], np.float64)
         points = (self.data.keypoints[i] - origin + 0.5) * ratio - 0.5
         box = (box - np.tile(origin, 2) + 0.5) * np.tile(ratio, 2) - 0.5

@@ -73,9 +73,6 @@ class SceneStore(DecodedStore[Scene]):
     def scene(self, index: int, rng: np.random.Generator) -> Scene:
         return self.get(index % len(self))
 
-    def _file(self, i: int) -> Path:
-        return self.files[i]
-
     def _blank(self) -> Scene:
         k = self.skeleton.num_keypoints
         nobody = np.zeros((0, k, 2), np.float32), np.zeros((0, k), bool)
@@ -167,8 +164,8 @@ class SceneDataset(Dataset[SceneSample]):
     """Samples (image uint8 [3, h, w], keypoints float32 [N, K, 2] in its pixels, valid bool [N, K], mask bool [h, w]).
 
     One affine map takes the whole scene to the input: the square on its shorter side, or what `augmentation` makes of
-    it, with HigherHRNet's convention (see `fastpose.geometry.whole_image_matrix`). At most `max_people` people are
-    taken. The mask is false in the boxes of `Scene.ignored`, but true around the labelled keypoints of others.
+    it, with HigherHRNet's convention (see `fastpose.geometry.whole_image_matrix`). The mask is false in the boxes of
+    `Scene.ignored`, but true around the labelled keypoints of others.
 
     A sample depends on (`seed`, index) only, as in `CropDataset`.
     """
@@ -181,10 +178,8 @@ class SceneDataset(Dataset[SceneSample]):
         size: tuple[int, int],
         augmentation: Augmentation | None = None,
         seed: int = 0,
-        max_people: int = 30,
     ) -> None:
         self.scenes, self.size, self.augmentation, self.seed = scenes, size, augmentation, seed
-        self.max_people = max_people
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -200,8 +195,8 @@ class SceneDataset(Dataset[SceneSample]):
         image = warp_crop(scene.image, matrix, self.size)
         if self.augmentation is not None:
             image = change_colours(image, self.augmentation, rng)
-        points, valid = apply_affine(matrix, scene.keypoints.reshape(-1, 2)), scene.labelled[: self.max_people]
-        points = points.reshape(scene.keypoints.shape)[: self.max_people]
+        points, valid = apply_affine(matrix, scene.keypoints.reshape(-1, 2)), scene.labelled
+        points = points.reshape(scene.keypoints.shape)
         if change.mirror:
             points, valid = points[:, skeleton.flip_indices], valid[:, skeleton.flip_indices]
         valid = valid & (points >= 0).all(2) & (points < [self.size[1], self.size[0]]).all(2)

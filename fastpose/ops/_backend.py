@@ -13,6 +13,7 @@ from torch import library as torch_library
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_ops.so"
 OPS = ("ghost_cheap", "ghost_cheap_backward", "dw_upsample", "dw_upsample_backward", "oks_nms", "run_plan")
+CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # as in csrc/cpu/isa.cpp; the highest that may be used
 
 
 def _load() -> tuple[bool, str]:
@@ -20,6 +21,9 @@ def _load() -> tuple[bool, str]:
     wish = os.environ.get("FASTPOSE_FUSED", "auto")
     if wish not in ("auto", "0", "1"):
         raise ValueError(f"FASTPOSE_FUSED must be 'auto', '0' or '1', got {wish!r}")
+    level = os.environ.get("FASTPOSE_CPU_ISA")
+    if level is not None and level not in CPU_LEVELS:
+        raise ValueError(f"FASTPOSE_CPU_ISA must be one of {', '.join(CPU_LEVELS)}, got {level!r}")
     reason = ""
     if wish == "0":
         return False, "switched off by FASTPOSE_FUSED=0"

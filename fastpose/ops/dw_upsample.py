@@ -66,6 +66,8 @@ def dw_upsample_reference(
             "dw_upsample: expected stride >= 1, padding >= 0 and output_padding in [0, stride), got "
             f"{stride}, {padding} and {output_padding}"
         )
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"dw_upsample: x must have at least one pixel, got {list(x.shape)}")
     dtype = x.dtype
     if not x.is_cuda and (dtype == torch.float16 or dtype == torch.bfloat16):
         # on a CPU torch may add up in half precision, depending on the number of threads; the kernels never do

@@ -13,6 +13,8 @@ from fastpose.data import PoseData, load_dataset
 from fastpose.data.crops import CropDataset, CropStore
 from fastpose.data.scenes import Mosaics, SceneDataset, SceneStore, load_mosaics, write_mosaics
 from fastpose.distributed import rank, wait_for_all
+from fastpose.images import ImageError
+from fastpose.scoring import check_metric
 from fastpose.training.settings import Stage, TrainConfig
 
 Store = CropStore | SceneStore
@@ -25,6 +27,19 @@ def load_split(config: TrainConfig, split: str) -> PoseData:
     if len(data) == 0:
         raise ValueError(f"nobody to estimate in the split {split!r}: {data.report.to_text() or 'it is empty'}")
     return data
+
+
+def check_validation(data: PoseData) -> None:
+    """Raise ValueError if the first validation could measure nothing: hours are lost by then."""
+    check_metric(data)
+    problem = "there are none"
+    for i in range(len(data)):
+        try:
+            data.read(i)
+            return
+        except ImageError as error:
+            problem = str(error)
+    raise ValueError(f"none of the {len(data)} people to validate on has an image that can be read: {problem}")
 
 
 def open_store(config: TrainConfig, data: PoseData, quiet: bool = True) -> Store:
@@ -40,15 +55,16 @@ def make_dataset(config: TrainConfig, store: Store, stage: Stage, seed: int) -> 
     codec = config.codec
     if isinstance(codec, AssociativeEmbeddingCodec):
         scenes = store if isinstance(store, SceneStore) else Mosaics(store, stage.size, stage.mosaic or config.mosaic)
-        return SceneDataset(scenes, stage.size, config.augment, seed, codec.max_people)
+        return SceneDataset(scenes, stage.size, config.augment, seed)
     assert isinstance(codec, HeatmapCodec) and isinstance(store, CropStore)
     return CropDataset(store, stage.size, config.augment, seed, codec.convention)
 
 
-def scenes_to_validate(config: TrainConfig, data: PoseData, output: Path) -> PoseData:
+def scenes_to_validate(config: TrainConfig, data: PoseData, output: Path, resume: bool = False) -> PoseData:
     """What a bottom-up network is validated on: `data`, or mosaics of it, which are written to `output`.
 
     There are as many mosaics as people are in `data` for each of the mosaic's cells; they do not depend on the seed.
+    Those that are there already are taken if `resume` is true: otherwise they are left from another run.
 
     Raises:
         ValueError: `data` does not have everybody on its images, and no mosaics are wanted.
@@ -61,6 +77,8 @@ def scenes_to_validate(config: TrainConfig, data: PoseData, output: Path) -> Pos
             )
         return data
     folder, size = output / "mosaics", config.stages[-1].size
+    if rank() == 0 and not resume:
+        (folder / "annotations.json").unlink(missing_ok=True)
     if rank() == 0 and not (folder / "annotations.json").is_file():
         mosaics = Mosaics(CropStore(data, config.padding, max(size), 0), size, config.mosaic)
         write_mosaics(mosaics, folder, max(1, len(data) // config.mosaic))

@@ -204,6 +204,9 @@ def test_bad_arguments_name_the_problem():
         ((x, weight, bias, "relu", 0), "stride"),
         ((x, weight, bias, "relu", 2, 1, 2), "output_padding"),
         ((x, weight, bias, "relu", 2, -1), "padding"),
+        # of which the output, (0 - 1) * 2 + 4 wide, would not be empty
+        ((x[:, :, :, :0], weight, bias, "relu", 2, 0), r"x must have at least one pixel, got \[1, 4, 5, 0\]"),
+        ((x[:, :, :0], weight, bias, "relu", 2, 0), r"x must have at least one pixel, got \[1, 4, 0, 5\]"),
     ]
     for arguments, message in cases:
         for fn in (dw_upsample, dw_upsample_reference):
