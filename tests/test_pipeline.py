@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -250,12 +251,15 @@ def test_skeletons():
         Skeleton("x", ("a", "b"), (), ((0, 2),), (0.1, 0.1))
 
 
-@pytest.mark.parametrize("model", DEFAULT_WEIGHTS)
+RELEASED = {"le_hrnet": "le_hrnet_lspet.safetensors"}
+
+
+@pytest.mark.parametrize("model", [*DEFAULT_WEIGHTS, *RELEASED])
 def test_shipped_weights(model):
-    path = resolve_weights("default", model)
-    assert path.with_suffix(".md").is_file()
+    name = "default" if model in DEFAULT_WEIGHTS else Path(__file__).parent.parent / "release" / RELEASED[model]
+    assert resolve_weights(name, model).with_suffix(".md").is_file()
     assert sum(resolve_weights("default", name).stat().st_size for name in DEFAULT_WEIGHTS) < 15_500_000
-    pose = PoseEstimator(model, detector="none")
+    pose = PoseEstimator(model, name, detector="none")
     assert pose.info.model == model and pose.skeleton is LSP14 and pose.flip_test
     poses = pose(skimage.data.astronaut())
     # of a portrait the head at least is sure, and above the neck
