@@ -406,6 +406,9 @@ class Finder:
         self.skeleton, self.data, self.error = data.skeleton, data, error
         self.info = type("Info", (), {"codec": AssociativeEmbeddingCodec()})
 
+    def prepare(self, crops):
+        assert crops == 8 * len(self.data.annotated)
+
     def estimate(self, images, boxes):
         image = images[0]
         file = next(f for f in self.data.annotated.files if (cv2.imread(str(f))[..., ::-1] == image).all())
