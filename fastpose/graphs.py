@@ -22,6 +22,7 @@ aten = torch.ops.aten
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_GRAPHS = 16  # each holds the memory of a whole forward pass at its shape
 CAPTURE_AFTER = 2  # calls with a shape, so that one that never returns is not captured
+REPLACE_AFTER = 16  # calls when there is no room, so that captures stay rare where more shapes than that take turns
 
 
 class FoldedGhost(nn.Module):
@@ -106,11 +107,16 @@ def _folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
+_Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
+
+
 class Graphed(nn.Module):
     """A network for inference on a CUDA device: images [B, C, H, W] in, what the original returns out, in float32.
 
-    From the second call with a shape on, that shape is replayed as a CUDA graph; the last `MOST_GRAPHS` are kept. Where
-    capturing fails the network is run call by call, and a warning says so once. Not scriptable: script `network`.
+    From the second call with a shape and dtype on, that is replayed as a CUDA graph; there are up to `MOST_GRAPHS`, of
+    which the one that was not used for longest makes room. Where capturing fails the network is run call by call, and a
+    warning says so once. Moving the module or changing its dtype forgets the graphs; what replaces the tensors of
+    `network` otherwise is not seen. Not scriptable: script `network`.
 
     Attributes:
         network: what is captured, batch norm folded, in the dtype of `precision`.
@@ -123,8 +129,8 @@ class Graphed(nn.Module):
         self.dtype = DTYPES[precision]
         self.network = channels_last(fold_batch_norms(model, size).to(self.dtype))
         self.input_multiple = int(getattr(model, "input_multiple", 1))
-        self._graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
-        self._calls: Counter[tuple[int, ...]] = Counter()
+        self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()
+        self._calls: Counter[_Key] = Counter()
         self._capture_failed = False
         self._lock = threading.Lock()
         self.eval()
@@ -139,6 +145,24 @@ class Graphed(nn.Module):
                 graph = self._graph(x)
                 return self._compute(x) if graph is None else graph.run(x)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Graphed:
+        with self._lock:  # graphs read the weights where they were
+            self._graphs.clear()
+            self._calls.clear()
+            super()._apply(*args, **kwargs)
+            self.dtype = next((p.dtype for p in self.network.parameters()), self.dtype)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes: graphs and locks stay here."""
+        state = {**self.__dict__, "_graphs": OrderedDict(), "_calls": Counter()}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+
     def _may_capture(self, x: Tensor) -> bool:
         return x.is_cuda and x.numel() > 0 and not self._capture_failed and not torch.cuda.is_current_stream_capturing()
 
@@ -147,29 +171,33 @@ class Graphed(nn.Module):
         return tuple(o.float() for o in outputs) if isinstance(outputs, tuple) else outputs.float()
 
     def _graph(self, x: Tensor) -> _Graph | None:
-        """The graph for the shape of `x`; None if there is none (yet)."""
-        shape = tuple(x.shape)
-        self._calls[shape] += 1
-        if shape not in self._graphs and self._calls[shape] >= CAPTURE_AFTER:
+        """The graph for inputs like `x`; None if there is none (yet)."""
+        key = (x.device, x.dtype, tuple(x.shape))
+        self._calls[key] += 1
+        enough = CAPTURE_AFTER if len(self._graphs) < MOST_GRAPHS else REPLACE_AFTER
+        if key not in self._graphs and self._calls[key] >= enough:
+            while len(self._graphs) >= MOST_GRAPHS:
+                oldest, _ = self._graphs.popitem(last=False)
+                self._calls[oldest] = 0
             try:
-                self._graphs[shape] = _Graph(self._compute, x)
+                self._graphs[key] = _Graph(self._compute, x)
             except RuntimeError as error:  # out of memory too
                 self._graphs.clear()
                 self._capture_failed = True
                 first = str(error).partition("\n")[0]
-                warnings.warn(f"fastpose: no CUDA graph for {list(shape)}, running call by call: {first}", stacklevel=4)
-        if shape in self._graphs:
-            self._graphs.move_to_end(shape)
-        while len(self._graphs) > MOST_GRAPHS:
-            self._graphs.popitem(last=False)
-        return self._graphs.get(shape)
+                what = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+                warnings.warn(f"fastpose: no CUDA graph for {what}, running call by call: {first}", stacklevel=4)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+        return self._graphs.get(key)
 
 
 class _Graph:
     """One shape: a captured forward pass on an input of its own."""
 
     def __init__(self, compute: Any, x: Tensor) -> None:
-        self.x = x.clone()
+        with torch.inference_mode(False):  # a caller outside inference mode could not write to such a tensor
+            self.x = x.clone()
         with torch.cuda.device(x.device):
             here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(here)
@@ -178,7 +206,12 @@ class _Graph:
                     compute(self.x)
             here.wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # On a stream of this device: torch's own for captures belongs to the first device that captured. Leaving
+            # `here` puts the thread back on it, which a capture that fails does not. Other threads go on allocating.
+            with (
+                torch.cuda.stream(here),
+                torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"),
+            ):
                 self.outputs = compute(self.x)
             self.free = torch.cuda.Event()
             self.free.record()

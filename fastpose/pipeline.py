@@ -158,7 +158,7 @@ class PoseEstimator:
             raise ValueError(f"nms must be 'hard', 'soft', 'parallel' or 'none', got {nms!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = _local_device("cpu" if device is None else device)
         if precision != "float32":
             reason = WHY_NOT if self.device.type == "cpu" and not use_fused() else ""
             reason = "optimize=False switches it off" if optimize is False else reason
@@ -249,12 +249,16 @@ class PoseEstimator:
             self.prepare(sum(self._least_crops(boxes) for _, boxes in pairs))
         ahead = 0 if isinstance(pairs, list) and len(pairs) < 2 else min(self.batch_size, AHEAD)
         threads = max(1, torch.get_num_threads() // 4)  # enough to keep so many busy with the network
+        # images that are on the device already are due on the caller's stream, which threads do not inherit
+        here = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
         def read(pair: tuple[Any, Any]) -> _Job:
-            return self._read(*pair, channel_order)
+            with torch.cuda.stream(here):
+                return self._read(*pair, channel_order)
 
         def read_and_find(pair: tuple[Any, Any]) -> _Job:
-            return self._find(read(pair))
+            with torch.cuda.stream(here):
+                return self._find(read(pair))
 
         work = read if self.own_detector else read_and_find
         with contextlib.closing(run_ahead(work, pairs, ahead, threads)) as jobs:
@@ -508,6 +512,20 @@ def keypoints_of_crops(
     if flip_indices is not None:
         heatmaps = codec.average_flipped(heatmaps, codec.heatmaps(model(x.flip(3))), flip_indices)
     return codec.decode(heatmaps)
+
+
+def _local_device(name: str | torch.device) -> torch.device:
+    """The device called `name`, ``"cuda"`` with the number of the current GPU, which threads do not inherit."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {name!r}") from error
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"device {str(device)!r}: torch {torch.__version__} sees {count} GPUs")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _check_settings(info: WeightsInfo, skeleton: Skeleton, network: nn.Module) -> None:

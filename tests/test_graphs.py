@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -93,16 +94,62 @@ def test_graphs_are_made_for_shapes_that_return(monkeypatch):
             x = torch.randn(shape)
             assert torch.allclose(fast(x), model(x), atol=1e-4)
         assert Replay.made == [(1, 3, 32, 32), (2, 3, 32, 32)]
-        monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
-        fast(torch.randn(3, 3, 32, 32))
-        assert list(fast._graphs) == [(3, 3, 32, 32)]
+        fast(torch.randn(1, 3, 32, 32).double())
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        for _ in range(3):  # of another dtype, hence not what was captured
+            assert torch.allclose(fast(x), model(x.float()), atol=1e-4)
+        assert Replay.made[2:] == [(2, 3, 32, 32)] and len(fast._graphs) == 3
+
         x = torch.randn(7, 3, 32, 32)
         expected = fast(x)
-        with pytest.warns(UserWarning, match=r"no CUDA graph for \[7, 3, 32, 32\], .*: out of memory$"):
+        with pytest.warns(UserWarning, match=r"no CUDA graph for float32 \[7, 3, 32, 32\], .*: out of memory$"):
             assert torch.equal(fast(x), expected)
         assert torch.equal(fast(x), expected) and not fast._graphs
     with pytest.raises(RuntimeError, match="has no gradient"):
         fast(torch.zeros(1, 3, 32, 32, requires_grad=True))
+
+
+def test_few_graphs_and_many_shapes(monkeypatch):
+    monkeypatch.setattr(graphs, "_Graph", Replay)
+    monkeypatch.setattr(Graphed, "_may_capture", lambda self, x: True)
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(Replay, "made", [])
+    fast = Graphed(build("mobileposenet", num_keypoints=2))
+    fast.network = torch.nn.Identity()
+
+    def call(batch):
+        fast(torch.zeros(batch, 3, 32, 32))
+        return [shape[0] for _, _, shape in fast._graphs]
+
+    for _ in range(graphs.REPLACE_AFTER - 1):  # three in turns: no capture at every call
+        for batch in (1, 2, 3):
+            kept = call(batch)
+    assert kept == [1, 2] and len(Replay.made) == 2
+    assert call(3) == [2, 3] and len(Replay.made) == 3
+    assert call(1) == [2, 3]  # which begins anew
+
+
+def test_graphs_are_forgotten_when_weights_move(monkeypatch):
+    monkeypatch.setattr(graphs, "_Graph", Replay)
+    monkeypatch.setattr(Graphed, "_may_capture", lambda self, x: True)
+    model = build("mobileposenet", num_keypoints=2)
+    fast, x = Graphed(model), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        fast(x), fast(x)
+        assert len(fast._graphs) == 1
+        fast.double()
+        assert not fast._graphs and not fast._calls
+        assert torch.allclose(fast(x), model(x), atol=1e-4)
+
+
+def test_copies_have_no_graphs(monkeypatch):
+    monkeypatch.setattr(graphs, "_Graph", Replay)
+    monkeypatch.setattr(Graphed, "_may_capture", lambda self, x: True)
+    fast, x = Graphed(build("mobileposenet", num_keypoints=2)), torch.randn(1, 3, 32, 32)
+    expected = [fast(x) for _ in range(2)][0]
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert len(fast._graphs) == 1 and not twin._graphs
+        assert torch.equal(twin(x), expected)
 
 
 def test_precisions():

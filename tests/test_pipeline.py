@@ -39,6 +39,13 @@ def test_one_image_and_a_list(estimator, photo):
     assert estimator([]) == []
 
 
+def test_devices_that_are_not_there():
+    with pytest.raises(ValueError, match=r"device 'cuda:99': torch 2\S+ sees \d+ GPUs"):
+        PoseEstimator(device="cuda:99")
+    with pytest.raises(ValueError, match="device must be 'cpu', 'cuda' or 'cuda:N', got 'gpu'"):
+        PoseEstimator(device="gpu")
+
+
 def test_cropping_on_the_device(estimator, photo):
     there = PoseEstimator(detector="none", crop_on_device=True)
     boxes = np.array([[20, 10, 200, 220], [100.5, 30, 310, 239], [5, 5, 30, 40]])
