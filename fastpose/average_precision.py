@@ -70,6 +70,7 @@ class KeypointTruth:
         if self.crowd_index is not None:
             shapes["crowd_index"] = ((len(ids),), np.float64)
         _check("KeypointTruth", self, shapes)
+        object.__setattr__(self, "ignored", self.ignored | self.crowd)
         if m and not (self.image.min() >= 0 and self.image.max() < len(ids)):
             raise ValueError(f"KeypointTruth.image must be positions in the {len(ids)} image_ids")
 

@@ -418,6 +418,12 @@ def _export(options: argparse.Namespace) -> int:
         for name in ("fused", "keypoints"):
             if getattr(options, name):
                 raise ValueError(f"--{name} is about programs, not weights")
+        for name in ("codec", "input_size"):
+            if getattr(options, name):
+                option = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{option}: weights keep their own; choose where they are used, PoseEstimator({name}=)"
+                )
         bits = options.bits or 16
         export_weights(model, options.output, describe_weights(checkpoint, options.model), bits)
         print(f"{options.output}: weights of {bits} bits for create_model and PoseEstimator")

@@ -119,7 +119,8 @@ def to_rgb(image: Any, channel_order: str) -> Array:
     """Turn a path, array, PIL image or tensor into uint8 RGB [H, W, 3].
 
     Arrays may be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (alpha is dropped), uint8 or uint16 (scaled down); tensors
-    may also be [3, H, W] or [1, H, W]. `channel_order` ("rgb" or "bgr") applies to arrays and tensors only.
+    may also be [3, H, W] or [1, H, W]. `channel_order` ("rgb" or "bgr") applies to arrays and tensors only. Files are
+    turned upright as their EXIF orientation says; a PIL image is taken as it is (`PIL.ImageOps.exif_transpose`).
 
     Raises:
         ImageError: any other shape or dtype, or no pixels.
@@ -128,7 +129,9 @@ def to_rgb(image: Any, channel_order: str) -> Array:
         return read_image(image)
     if type(image).__module__.partition(".")[0] == "PIL":
         try:
-            return np.ascontiguousarray(np.asarray(image.convert("RGB")))
+            deep = image.mode.startswith("I;16")  # convert would cut off all above 255
+            image = np.asarray(image).astype(np.uint16) if deep else np.asarray(image.convert("RGB"))
+            channel_order = "rgb"
         except (OSError, SyntaxError, ValueError) as error:  # files are opened before they are decoded
             raise ImageError(f"PIL image {getattr(image, 'filename', '')!r} cannot be decoded: {error}") from None
     if hasattr(image, "detach"):  # torch.Tensor

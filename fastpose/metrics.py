@@ -29,7 +29,8 @@ def torso_lengths(keypoints: Array, labelled: Array, skeleton: Skeleton) -> Arra
     for a, b in (("left_shoulder", "right_hip"), ("right_shoulder", "left_hip")):
         i, j = skeleton.names.index(a), skeleton.names.index(b)
         length = np.linalg.norm(keypoints[:, i].astype(np.float64) - keypoints[:, j], axis=-1)
-        lengths.append(np.where(labelled[:, i] & labelled[:, j], length, np.nan))
+        both_labelled = (np.asarray(labelled)[:, [i, j]] > 0).all(1)
+        lengths.append(np.where(both_labelled, length, np.nan))
     both = np.stack(lengths)
     count = (~np.isnan(both)).sum(0)
     return np.asarray(np.where(count > 0, np.nansum(both, 0) / np.maximum(count, 1), np.nan))
@@ -50,7 +51,7 @@ def pckh(
     percentage over all of them together.
 
     Args:
-        predictions, keypoints: [N, K, 2] pixels; labelled: bool [N, K];
+        predictions, keypoints: [N, K, 2] pixels; labelled: [N, K] bool or COCO's flags, of which 1 and 2 count;
         sizes: [N] from `head_sizes`; people whose size is NaN or 0 are not counted.
         fraction: 0.5 for PCKh@0.5. What the code of HRNet, and with it most papers, prints as PCKh@0.1 is taken at
             0.11 (the twelfth of the thresholds 0, 0.01, ...).
@@ -59,6 +60,7 @@ def pckh(
         The percentage, and that of every keypoint [K] (NaN where none is labelled).
     """
     counted = np.array([name not in ("pelvis", "thorax") for name in skeleton.names])
+    labelled = np.asarray(labelled) > 0
     total, _ = pck(predictions, keypoints, labelled & counted, sizes, fraction)
     return total, pck(predictions, keypoints, labelled, sizes, fraction)[1]
 
@@ -69,13 +71,13 @@ def pck(
     """Percentage of correct keypoints: those within `fraction` of the person's reference length.
 
     Args:
-        predictions, keypoints: [N, K, 2] pixels; labelled: bool [N, K];
+        predictions, keypoints: [N, K, 2] pixels; labelled: [N, K] bool or COCO's flags, of which 1 and 2 count;
         lengths: [N] reference length in pixels; people whose length is NaN or 0 are not counted.
 
     Returns:
         The percentage over all counted keypoints together, and per keypoint [K] (NaN where none is labelled).
     """
-    counted = labelled & (np.nan_to_num(lengths) > 0)[:, None]
+    counted = (np.asarray(labelled) > 0) & (np.nan_to_num(lengths) > 0)[:, None]
     hit = counted & (relative_distances(predictions, keypoints, lengths) <= fraction)
     with np.errstate(invalid="ignore"):
         per_keypoint = 100.0 * hit.sum(0) / counted.sum(0)

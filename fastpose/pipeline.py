@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -86,6 +87,20 @@ class _Job:
 
     def _warp(self, matrix: Array) -> Array:
         return warp_crop(self.image, matrix, self.input_size, self.antialias)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def without_autocast(function: F) -> F:
+    """`function` outside the caller's `torch.autocast`: decoders work in float32, and precision is the estimator's."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return cast(F, call)
 
 
 class PoseEstimator:
@@ -309,6 +324,7 @@ class PoseEstimator:
             crops.append(warp_crops(job.planes, matrices, job.input_size, job.antialias))
         return torch.cat(crops)
 
+    @without_autocast
     @torch.inference_mode()
     def _forward(self, batch: Tensor) -> Sequence[tuple[Array, Array]]:
         """What the codec finds in each of the crops, uint8 RGB [B, 3, h, w], in crop pixels."""
@@ -374,11 +390,12 @@ class PoseEstimator:
             job.box_scores = np.ones(len(job.boxes), np.float32)
             return
         result = self.detector(job.image)
-        found, scores = result if isinstance(result, tuple) else (result, None)
+        found, scores = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         job.boxes = check_boxes(found, height, width, "the detector's boxes")
         job.box_scores = np.ones(len(job.boxes), np.float32)
         if scores is not None:
-            job.box_scores = np.asarray(scores, np.float32).reshape(-1)
+            scores = scores.detach().cpu().numpy() if isinstance(scores, Tensor) else scores
+            job.box_scores = np.array(scores, np.float32).reshape(-1)
             if len(job.box_scores) != len(job.boxes):
                 raise BoxError(f"the detector returned {len(job.boxes)} boxes and {len(job.box_scores)} scores")
         if self.try_whole_image:
@@ -437,7 +454,7 @@ class PoseEstimator:
             torch.from_numpy(np.concatenate([poses.keypoint_scores for poses in images])),
             torch.from_numpy(np.concatenate([poses.scores for poses in images])),
             torch.from_numpy((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])),
-            torch.tensor(self.skeleton.sigmas),
+            torch.tensor(self.skeleton.sigmas, dtype=torch.float32),
             image_index=torch.arange(len(images)).repeat_interleave(torch.tensor(counts)),
             method=self.nms,
             threshold=self.nms_threshold,
@@ -474,11 +491,20 @@ class PoseEstimator:
 def _pairs(images: Iterable[Any], boxes: Iterable[Any] | None) -> Iterable[tuple[Any, Any]]:
     """The images with their boxes; a list if the images are."""
     if not isinstance(images, (list, tuple)):
-        return ((image, None) for image in images) if boxes is None else zip(images, boxes, strict=True)
+        # copies: who yields frames one by one may use the same memory for the next while this one is waiting
+        pairs = ((image, None) for image in images) if boxes is None else zip(images, boxes, strict=True)
+        return ((_copied(image), _copied(entry)) for image, entry in pairs)
     entries = [None] * len(images) if boxes is None else list(boxes)
     if len(entries) != len(images):
         raise BoxError(f"boxes must be a list of one entry per image, {len(images)}, got {len(entries)}")
     return list(zip(images, entries, strict=True))
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an array, tensor or PIL image; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if hasattr(value, "copy") else value
 
 
 def _all_poses(results: Results) -> list[Poses]:
@@ -492,6 +518,7 @@ def _all_poses(results: Results) -> list[Poses]:
     return poses
 
 
+@without_autocast
 @torch.inference_mode()
 def estimate_crops(
     model: nn.Module, crops: Tensor, codec: HeatmapCodec, flip_indices: Sequence[int] | None
@@ -552,8 +579,8 @@ def check_boxes(boxes: Any, height: int, width: int, what: str = "boxes") -> Arr
     if hasattr(boxes, "detach"):
         boxes = boxes.detach().cpu().numpy()
     try:
-        array = np.asarray(boxes, np.float32)
-    except (TypeError, ValueError):
+        array = np.array(boxes, np.float32)  # a copy: it becomes part of the results
+    except (TypeError, ValueError, OverflowError):
         raise BoxError(f"{what} must be numbers [P, 4] (x1, y1, x2, y2), got {boxes!r:.80}") from None
     if array.size == 0:
         return np.zeros((0, 4), np.float32)

@@ -57,6 +57,13 @@ ENLARGE = aten.upsample_nearest2d.vec
 NOTHING = (aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
 
 
+def _shares_memory(node: Node) -> bool:
+    """Whether the result is, or may be, the memory of the first argument."""
+    target = node.target
+    same = (aten.dropout.default, aten.contiguous.default, aten.reshape.default, operator.getitem)
+    return node.op == "call_function" and (target in same or bool(getattr(target, "is_view", False)))
+
+
 class NotOptimizable(ValueError):
     """The model has an operation that the instruction list does not know; the message names it."""
 
@@ -289,6 +296,7 @@ class _Lowering:
         """The arguments of `Optimized`."""
         program, maps = self.program, self.maps
         maps[self.image] = program.new_map(self.channels(self.image))
+        self.check_writes()
         for node in self.graph.nodes:
             if node.op == "call_function" and node not in self.claimed:
                 self.match(node)
@@ -301,6 +309,26 @@ class _Lowering:
         flat += [v for s in program.steps for v in s]
         sizes = [n for node in results for n in self.size(node)]
         return torch.tensor(flat), program.all_weights(), self.name, self.multiple, sizes
+
+    def check_writes(self) -> None:
+        """Refuse operations in place that other nodes see: all of them are computed as if they gave a new map.
+
+        What reads the map afterwards by its own name reads the result, as `torch.export` writes it; but not what shares
+        its memory under another.
+        """
+        for node in self.graph.nodes:
+            if not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+                continue
+            last, value = node, node.args[0]
+            shared = False
+            while isinstance(value, fx.Node) and _shares_memory(value):
+                shared = shared or set(value.users) != {last}
+                last, value = value, value.args[0]
+            others = set(value.users) - {last}
+            if shared or (others and last is not node) or any(_shares_memory(user) for user in others):
+                raise NotOptimizable(
+                    f"{self.name}: {node.target} in place on a map that is read under another name too"
+                )
 
     def size(self, node: Node) -> list[int]:
         """Channels of an output, and its height and width as a fraction of the image's."""

@@ -127,11 +127,13 @@ class Poses:
 
         return draw_poses(image, self, threshold)
 
-    def save(self, path: str | Path, image: Array | None = None, threshold: float = 0.25) -> None:
-        """Write ``*.json``, or the drawing on `image` (RGB) to an image file. Written atomically.
+    def save(self, path: str | Path, image: Any = None, threshold: float = 0.25) -> None:
+        """Write ``*.json``, or the drawing on `image` (path, RGB array, PIL image or tensor) to an image file.
+
+        Written atomically.
 
         Raises:
-            ValueError: an image file without `image`, or a suffix that OpenCV cannot write.
+            ValueError: an image file without `image` or with one of another size, or a suffix that OpenCV cannot write.
         """
         path = Path(path)
         if path.suffix.lower() == ".json":
@@ -139,6 +141,10 @@ class Poses:
             return
         if image is None:
             raise ValueError(f"save to {str(path)!r}: drawing needs the image (or give a path that ends in .json)")
-        from fastpose.images import write_image
+        from fastpose.images import to_rgb, write_image
 
-        write_image(path, self.draw(image, threshold))
+        pixels = to_rgb(image, "rgb")
+        if pixels.shape[:2] != tuple(self.image_size):
+            size, own = pixels.shape[:2], tuple(self.image_size)
+            raise ValueError(f"save to {str(path)!r}: these poses are of an image of {own} (height, width), got {size}")
+        write_image(path, self.draw(pixels, threshold))

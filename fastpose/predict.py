@@ -112,7 +112,7 @@ class Drawings:
         elif found.poses is not None:
             try:  # read again: images are not kept until their batch is done
                 found.poses.save(self.folder / f"{name}.png", read_image(found.path), self.threshold)
-            except ImageError as error:
+            except (ValueError, OSError) as error:  # ImageError is a ValueError
                 self.report(found.path, f"not drawn: {error}")
         return replace(found, pixels=None)
 

@@ -93,6 +93,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
     schedule = Schedule(config, len(store))
 
     model = _create_model(config, train_data.skeleton).to(device)
+    _check_stages(config, model)
     optimizer, average = Optimizer(model, config, device), Average(model, config.ema)
     step, best = 0, -1.0
     if resume:
@@ -204,6 +205,14 @@ def _create_model(config: TrainConfig, skeleton: Skeleton) -> nn.Module:
         if left and rank() == 0:
             print(f"fastpose: {path.name} is for other keypoints; starting anew: {', '.join(left)}", file=sys.stderr)
     return channels_last(model)
+
+
+def _check_stages(config: TrainConfig, model: nn.Module) -> None:
+    """All of them before the first: hours may lie between."""
+    multiple = int(getattr(model, "input_multiple", 1))
+    for stage in config.stages:
+        if any(side % multiple for side in stage.size):
+            raise ValueError(f"stages: {config.model} takes sides that are multiples of {multiple}, got {stage.size}")
 
 
 def _wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:

@@ -175,6 +175,13 @@ def test_wrong_arrays_are_named():
         average_precision(truth, beyond, COCO17.sigmas)
 
 
+def test_crowds_are_never_missed():
+    truth, results = scene(0)
+    same = KeypointTruth(truth.image_ids, truth.image, truth.keypoints, truth.visible, truth.areas, truth.boxes,
+                         truth.ignored & ~truth.crowd, truth.crowd)  # fmt: skip
+    assert truth.crowd.any() and (same.ignored == truth.ignored).all()
+
+
 def test_pckh_by_hand():
     keypoints = np.random.default_rng(0).uniform(0, 100, (3, 16, 2))
     labelled = np.ones((3, 16), bool)

@@ -238,6 +238,11 @@ def test_results_survive_the_round_trip(tmp_path):
     entries += [{"image_id": 1}, 5, {**entries[0], "image_id": 99}, {**entries[0], "score": None}]
     assert len(from_results(entries, data.annotated, report)) == len(data)
     assert sorted(kinds(report).values()) == [1, 3]
+    others = [{**entry, "category_id": 9} for entry in entries[: len(data)]]
+    without = [{k: v for k, v in entry.items() if k != "category_id"} for entry in entries[: len(data)]]
+    report = Report()
+    assert len(from_results(others, data.annotated, report)) == 0 and len(from_results(without, data.annotated)) == 10
+    assert kinds(report) == {"result of another category than 1": 10}
     boxed = [{**entry, "bbox": [0, 0, 10, 20]} for entry in entries[:3]]
     assert from_results(boxed, data.annotated).areas.tolist() == [200, 200, 200]
 

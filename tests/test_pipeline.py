@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 import skimage.data
 import torch
@@ -13,7 +14,7 @@ import fastpose
 from fastpose import BoxError, ImageError, PoseEstimator, Poses
 from fastpose.checkpoints import DEFAULT_WEIGHTS, read_info, resolve_weights, save_weights
 from fastpose.detect import HOG_MISSING, hog_available, make_detector
-from fastpose.images import find_images, read_image
+from fastpose.images import find_images, read_image, to_rgb
 from fastpose.ops import oks_nms, use_fused
 from fastpose.pipeline import OPTIMIZE_AFTER
 from fastpose.skeletons import COCO17, LSP14, MPII16, Skeleton, get_skeleton
@@ -44,6 +45,50 @@ def test_devices_that_are_not_there():
         PoseEstimator(device="cuda:99")
     with pytest.raises(ValueError, match="device must be 'cpu', 'cuda' or 'cuda:N', got 'gpu'"):
         PoseEstimator(device="gpu")
+
+
+def test_autocast_and_default_dtype_of_the_caller_do_not_matter(photo):
+    boxes = np.array([[20, 10, 200, 220], [25, 12, 198, 222]])
+    for optimize in (None, False):
+        estimator = PoseEstimator(detector=lambda image: boxes, optimize=optimize)
+        expected = estimator(photo)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = estimator(photo)
+        assert np.array_equal(got.keypoints, expected.keypoints) and got.keypoint_scores.dtype == np.float32
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert np.allclose(estimator(photo).keypoints, expected.keypoints, atol=1e-2)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_detectors_that_give_tensors_or_tuples(photo):
+    boxes = ((20, 10, 200, 220), (5, 5, 150, 230), (60, 20, 310, 239))
+    scores = torch.tensor([0.5, 0.9, 0.1], requires_grad=True)
+    for result, best in (((torch.tensor(boxes), scores), boxes[1]), (boxes, None), (boxes[:1], boxes[0])):
+        estimator = PoseEstimator(detector=lambda image, result=result: result, nms="none")
+        poses = estimator(photo)
+        assert len(poses) == (1 if result == boxes[:1] else 3)
+        assert best is None or (poses.boxes[0] == best).all() or result is not boxes[:1]
+
+
+def test_saving_the_drawing_on_what_was_given(estimator, photo, tmp_path):
+    poses = estimator(photo, [[20, 10, 200, 220]])
+    cv2.imwrite(str(tmp_path / "photo.png"), photo[:, :, ::-1])
+    for i, image in enumerate(
+        (photo, str(tmp_path / "photo.png"), PIL.Image.fromarray(photo), torch.from_numpy(photo))
+    ):
+        poses.save(tmp_path / f"{i}.png", image)
+        assert (read_image(tmp_path / f"{i}.png") == read_image(tmp_path / "0.png")).all()
+    with pytest.raises(ValueError, match=r"these poses are of an image of .*, got \(100, "):
+        poses.save(tmp_path / "small.png", photo[:100])
+
+
+def test_deep_pil_images(photo):
+    grey = photo[:, :, 0].astype(np.uint16) * 256
+    assert (to_rgb(PIL.Image.fromarray(grey), "bgr") == photo[:, :, :1]).all()
+    with pytest.raises(ImageError, match="image has no pixels"):
+        to_rgb(PIL.Image.new("RGB", (0, 4)), "rgb")
 
 
 def test_cropping_on_the_device(estimator, photo):

@@ -591,6 +591,47 @@ class GatedUpsampling(nn.Module):
         return nn.functional.interpolate(x, scale_factor=2.0) * x.mean((2, 3), keepdim=True)
 
 
+class Writes(nn.Module):
+    """Operations in place, on a map alone or on what other names show too."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.a, self.b = case, nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1)
+        self.c = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.case == "dropout":
+            z = F.relu_(F.dropout(y, training=False))
+            return self.b(y) + self.b(z)
+        if self.case == "chunk":
+            p, q = y.chunk(2, 1)
+            q += p
+            return self.b(y) + q
+        if self.case == "chunked before":
+            p, q = y.chunk(2, 1)
+            y.relu_()
+            return self.b(y) + self.c(p) + q
+        if self.case == "slice":
+            y[:, :8].relu_()
+            return self.b(y)
+        if self.case == "detach":
+            y.detach().relu_()
+            return self.b(y)
+        before = self.b(y)  # all else is in order
+        y.relu_()
+        z = F.dropout(self.b(y), training=False)
+        z += before
+        return self.c(F.silu(z, inplace=True))
+
+
+def test_operations_in_place():
+    compare(Writes("alone"), (1, 3, 8, 8), (2, 3, 5, 7))
+    for case in ("dropout", "chunk", "chunked before", "slice", "detach"):
+        with pytest.raises(NotOptimizable, match="aten..*_.* in place on a map that is read under another name"):
+            optimize(Multiple(Writes(case), 1), (8, 8))
+
+
 def test_what_is_not_understood_is_named():
     with pytest.raises(NotOptimizable, match="DiteHRNet: aten.flatten.* is not in the table of patterns"):
         optimize(fastpose.create_model("dite_hrnet_30"))

@@ -37,6 +37,32 @@ def own_threads():
     return [t for t in threading.enumerate() if t.name.startswith("fastpose")]
 
 
+def test_frames_in_memory_that_is_used_again(estimator, photo):
+    frames = [np.roll(photo, 25 * i, axis=1) for i in range(8)]
+    boxes = np.array([[20.0, 10, 200, 220]], np.float32)
+
+    def camera():
+        frame = np.empty_like(photo)
+        for f in frames:
+            frame[:] = f
+            yield frame
+
+    def finder():
+        box = boxes.copy()
+        for i in range(8):
+            box[:] = boxes + [i, 0, i, 0]
+            yield box
+
+    got = list(estimator.stream(camera(), finder()))
+    for i, poses in enumerate(got):
+        expected = estimator(frames[i], boxes + [i, 0, i, 0])
+        assert np.allclose(poses.keypoints, expected.keypoints, atol=1e-2) and (poses.boxes == expected.boxes).all()
+    boxes_given = boxes.copy()
+    poses = estimator(photo, boxes_given)
+    boxes_given += 9
+    assert (poses.boxes == boxes).all()
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("ahead", [0, 1, 4, 100])
 def test_work_ahead_comes_in_order(ahead, threads):

@@ -543,6 +543,8 @@ def test_config_errors(tmp_path):
         ("milestones=[20, 10]", r"milestones must be epochs in ascending order, got \[20.0, 10.0\]"),
         ("ema=1.0", "ema must be at least 0 and less than 1, got 1.0"),
         ("lr=-1.0", "lr must not be negative, got -1.0"),
+        ("padding=-1.0", "padding must be positive, got -1.0"),
+        ("decay_start=nan", "decay_start must be between 0 and 1, got nan"),
         ("stages=[{size=[64,48],epochs=0}]", "stages need a positive size, number of epochs"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -550,6 +552,12 @@ def test_config_errors(tmp_path):
     (tmp_path / "bad.toml").write_text("a = [")
     with pytest.raises(ValueError, match="is not valid TOML"):
         read_config(TrainConfig, tmp_path / "bad.toml", base)
+
+
+def test_all_stages_are_checked_before_the_first(lspet, tmp_path):
+    stages = (Stage((64, 64), 1, 2), Stage((50, 64), 1, 2))
+    with pytest.raises(ValueError, match=r"stages: mobileposenet takes sides that are multiples of \d+, got \(50, 64"):
+        train(config(lspet, tmp_path / "run", stages=stages), quiet=True)
 
 
 def test_pck_by_hand():
@@ -564,6 +572,9 @@ def test_pck_by_hand():
     predictions[0, 0] += [10, 0]  # exactly on the limit of 0.2 torso: correct
     predictions[0, 1] += [10.01, 0]
     total, per_keypoint = pck(predictions, keypoints, labelled, lengths)
+    flags = 2 * labelled  # as in COCO files
+    assert np.array_equal(torso_lengths(keypoints, flags, LSP14), lengths, equal_nan=True)
+    assert pck(predictions, keypoints, flags, lengths)[0] == total
     assert np.isclose(total, 100 * 12 / 13)
     assert per_keypoint[0] == 100 and per_keypoint[1] == 0 and np.isnan(per_keypoint[3])
 

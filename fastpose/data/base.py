@@ -143,6 +143,7 @@ class PoseData:
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(f"PoseData.{name} must be {list(shape)}, got {list(value.shape)}")
+        object.__setattr__(self, "labelled", self.labelled > 0)  # COCO's flags 1 and 2 too
         if (self.annotated is None) != (self.image_index is None):
             raise ValueError("PoseData.annotated and PoseData.image_index belong together")
         if self.metric not in METRICS:

@@ -350,7 +350,7 @@ def _person(
     elif count == 0:
         report.add("person without labelled keypoints", name, wrong=False)
 
-    area = float(box[3] * box[2] * AREA_SHARE)
+    area = float(box[2:].clip(0).prod() * AREA_SHARE)
     if not area_from_box and is_number(entry.get("area")) and entry["area"] >= 0:
         area = float(entry["area"])
     elif not area_from_box:
@@ -524,6 +524,9 @@ def from_results(entries: list[Any], annotated: AnnotatedImages, report: Report 
             continue
         if not _is_id(entry.get("image_id")) or entry["image_id"] not in place:
             report.add("result for an image that is not evaluated", entry.get("image_id"), wrong=False)
+            continue
+        if entry.get("category_id", annotated.category) != annotated.category:
+            report.add(f"result of another category than {annotated.category}", entry["category_id"], wrong=False)
             continue
         xy = flat.reshape(k, 3)[:, :2]
         extent = xy.max(0) - xy.min(0) if box is None else box[2:]

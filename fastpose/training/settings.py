@@ -147,6 +147,10 @@ class TrainConfig:
         for name in ("lr", "muon_lr", "warmup", "clip", "weight_decay", "gamma", "momentum"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.padding > 0:
+            raise ValueError(f"padding must be positive, got {self.padding}")
+        if not 0 <= self.decay_start <= 1:
+            raise ValueError(f"decay_start must be between 0 and 1, got {self.decay_start}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and less than 1, got {self.ema}")
         if list(self.milestones) != sorted(self.milestones):
