@@ -199,7 +199,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     def report(name: object, error: object) -> None:
         errors.append({"file": str(name), "error": str(error)})
-        tqdm.write(f"fastpose: error: {error}", file=sys.stderr)
+        tqdm.write(f"fastpose: error: {_printable(error)}", file=sys.stderr)
 
     paths: list[Path] = []
     for source in options.sources:
@@ -242,6 +242,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     inputs = len(files) + len(errors)
     output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)  # now: hours of work may lie before the first file
     result = _coco_frame(options, estimator.skeleton, errors)
     expected = sum(max(file.count, 1) if isinstance(file, Video) else 1 for file in files)
     tell = not options.quiet and len(files) < 20
@@ -256,7 +257,7 @@ def _predict(options: argparse.Namespace) -> int:
         for found in run_ahead(drawings.draw, everything, DRAWN_BEHIND) if save_images else everything:
             if found.poses is None:
                 if tell:
-                    tqdm.write(f"{found.path}: {found.frame} frames, {of_video} poses")
+                    tqdm.write(f"{_printable(found.path)}: {found.frame} frames, {of_video} poses")
                 of_video = 0
                 continue
             height, width = found.poses.image_size
@@ -270,7 +271,7 @@ def _predict(options: argparse.Namespace) -> int:
                 of_video += people
             elif tell:
                 best = f", best score {found.poses.scores.max():.2f}" if people else ""
-                tqdm.write(f"{found.path}: {people} {'person' if people == 1 else 'people'}{best}")
+                tqdm.write(f"{_printable(found.path)}: {people} {'person' if people == 1 else 'people'}{best}")
 
     json_path = Path(options.json) if options.json else output / "poses.json"
     if result["images"] or not errors:
@@ -282,6 +283,11 @@ def _predict(options: argparse.Namespace) -> int:
         print(f"fastpose: {len(errors)} of {inputs} inputs failed", file=sys.stderr)
         return BAD_INPUT
     return 0
+
+
+def _printable(text: object) -> str:
+    """File names need not be UTF-8; bytes that are not become question marks."""
+    return str(text).encode(errors="replace").decode()
 
 
 def _coco_frame(options: argparse.Namespace, skeleton: Any, errors: list[dict[str, str]]) -> dict[str, Any]:
@@ -410,7 +416,7 @@ def _export(options: argparse.Namespace) -> int:
     from fastpose.checkpoints import USUAL_PADDING, describe_weights, find_architecture
     from fastpose.codecs import HeatmapCodec, get_codec
     from fastpose.export import ExportError, export_onnx, export_torchscript, export_weights
-    from fastpose.models._registry import create_from, is_bottom_up, model_entry, read_weights
+    from fastpose.models._registry import check_codec, create_from, is_bottom_up, model_entry, read_weights
 
     checkpoint = read_weights(options.weights, options.model)
     model, info = create_from(checkpoint, options.model), checkpoint.info()
@@ -435,9 +441,13 @@ def _export(options: argparse.Namespace) -> int:
     name, _, _ = find_architecture(checkpoint, options.model)
     size = model_entry(name).input_size if info is None else info.input_size
     height, width = size = tuple(options.input_size or size)
+    multiple = int(getattr(model, "input_multiple", 1))
+    if any(side < 1 or side % multiple for side in size):
+        raise ValueError(f"--input-size: {name} takes positive multiples of {multiple}, got {height} {width}")
     codec: HeatmapCodec | None = None
     if options.keypoints:
         used = get_codec(options.codec) if options.codec else describe_weights(checkpoint, options.model).codec
+        check_codec(name, used)
         if is_bottom_up(name) or not isinstance(used, HeatmapCodec):
             raise ValueError(f"--keypoints: {name} is bottom-up; grouping keypoints into people cannot be exported")
         codec = used

@@ -3,6 +3,7 @@
 # no `from __future__ import annotations` here: TorchScript must see Final[...] itself, not its text
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,13 @@ class ExportError(RuntimeError):
     """A network could not be written, or the file computes something else; the message says which and how far off."""
 
 
+def _save(program: torch.jit.ScriptModule, path: Path) -> None:
+    """By way of memory: `torch.jit.save` says of a folder that cannot be written only that it failed."""
+    file = io.BytesIO()
+    torch.jit.save(program, file)
+    path.write_bytes(file.getvalue())
+
+
 def export_torchscript(
     model: nn.Module,
     path: str | Path,
@@ -77,7 +85,7 @@ def export_torchscript(
             program = torch.jit.freeze(torch.jit.script(network))
 
         def write(temporary: Path) -> None:
-            torch.jit.save(program, str(temporary))
+            _save(program, temporary)
             with torch.no_grad():
                 got = _outputs(torch.jit.load(str(temporary))(x))
             differences.append(_relative(got, expected, path, 1e-4))
@@ -86,7 +94,7 @@ def export_torchscript(
             assert codec is not None
             write(temporary)
             whole = torch.jit.script(_KeypointsOfCrops(network, codec, expected[0], input_size).eval())
-            torch.jit.save(torch.jit.freeze(whole), str(temporary))
+            _save(torch.jit.freeze(whole), temporary)
             file = torch.jit.load(str(temporary))
             for batch in (1, 3):  # it was traced with 2
                 crops = _crops(batch, input_size)

@@ -391,13 +391,17 @@ class PoseEstimator:
             return
         result = self.detector(job.image)
         found, scores = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-        job.boxes = check_boxes(found, height, width, "the detector's boxes")
+        job.boxes = box_array(found, "the detector's boxes")
         job.box_scores = np.ones(len(job.boxes), np.float32)
         if scores is not None:
             scores = scores.detach().cpu().numpy() if isinstance(scores, Tensor) else scores
             job.box_scores = np.array(scores, np.float32).reshape(-1)
             if len(job.box_scores) != len(job.boxes):
                 raise BoxError(f"the detector returned {len(job.boxes)} boxes and {len(job.box_scores)} scores")
+            if not np.isfinite(job.box_scores).all():
+                raise BoxError(f"the detector's scores must be finite, got {job.box_scores.tolist()!s:.80}")
+        usable = [not why_unusable(box, height, width) for box in job.boxes]  # one slip does not cost the others
+        job.boxes, job.box_scores = job.boxes[usable], job.box_scores[usable]
         if self.try_whole_image:
             whole, score = whole_image(job.image)
             job.boxes = np.concatenate([job.boxes, whole])
@@ -576,6 +580,16 @@ def check_boxes(boxes: Any, height: int, width: int, what: str = "boxes") -> Arr
     Raises:
         BoxError: not [P, 4] numbers, not finite, inverted or empty, or without overlap with the image.
     """
+    array = box_array(boxes, what)
+    for i, box in enumerate(array):
+        reason = why_unusable(box, height, width)
+        if reason:
+            raise BoxError(f"{what}: box {i} ({', '.join(f'{n:g}' for n in box.tolist())}) {reason}")
+    return array
+
+
+def box_array(boxes: Any, what: str = "boxes") -> Array:
+    """`boxes` as float32 [P, 4], whatever the numbers; raises BoxError for anything else."""
     if hasattr(boxes, "detach"):
         boxes = boxes.detach().cpu().numpy()
     try:
@@ -588,12 +602,16 @@ def check_boxes(boxes: Any, height: int, width: int, what: str = "boxes") -> Arr
         array = array[None]
     if array.ndim != 2 or array.shape[1] != 4:
         raise BoxError(f"{what} must be [P, 4] (x1, y1, x2, y2), got {list(array.shape)}")
-    for i, (x1, y1, x2, y2) in enumerate(array.tolist()):
-        text = f"{what}: box {i} ({x1:g}, {y1:g}, {x2:g}, {y2:g})"
-        if not np.isfinite(array[i]).all():
-            raise BoxError(f"{text} is not finite")
-        if x2 <= x1 or y2 <= y1:
-            raise BoxError(f"{text} is inverted or empty; expected x1 < x2 and y1 < y2")
-        if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
-            raise BoxError(f"{text} lies outside the image of {width} x {height} pixels")
     return array
+
+
+def why_unusable(box: Array, height: int, width: int) -> str:
+    """What is wrong with a box [4] in an image; empty if nothing is."""
+    x1, y1, x2, y2 = box.tolist()
+    if not np.isfinite(box).all():
+        return "is not finite"
+    if x2 <= x1 or y2 <= y1:
+        return "is inverted or empty; expected x1 < x2 and y1 < y2"
+    if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+        return f"lies outside the image of {width} x {height} pixels"
+    return ""

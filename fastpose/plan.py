@@ -231,7 +231,7 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
 
     Raises:
         RuntimeError: the compiled operators are not available.
-        ValueError: an unknown precision.
+        ValueError: an unknown precision; parameters that are not float32.
         NotOptimizable: an operation is not understood; the message names it.
     """
     if any(p.is_cuda for p in model.parameters()):
@@ -242,7 +242,12 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     reference = set_fused(copy.deepcopy(model).eval(), False)
     multiple = int(getattr(model, "input_multiple", 32))
-    height, width = size or (2 * multiple, 2 * multiple)
+    # at least two by two pixels in the smallest map: of one it could not be told whether it is a gate
+    least = 2 * int(getattr(model, "input_multiple", 0))
+    height, width = (max(side, least) for side in size or (2 * multiple, 2 * multiple))
+    others = {p.dtype for p in reference.parameters()} - {torch.float32}
+    if others:
+        raise ValueError(f"optimize needs float32 parameters, got {', '.join(map(str, others))}")
     example = torch.zeros(1, 3, height, width)
     with torch.no_grad():
         returned = reference(example)

@@ -117,13 +117,18 @@ class Drawings:
         return replace(found, pixels=None)
 
     def _draw_frame(self, found: Found, path: Path) -> None:
-        if self.add is None:
-            video = self.videos[found.path]
-            self.add = self.open.enter_context(write_video(path, video.fps, video.size))
         if found.poses is None:
             self.open.close()
             self.add = None
-        elif found.pixels is not None:
+            return
+        if self.add is None:
+            video = self.videos[found.path]
+            try:
+                self.add = self.open.enter_context(write_video(path, video.fps, video.size))
+            except (ValueError, OSError) as error:
+                self.report(found.path, f"not drawn: {error}")
+                self.add = lambda pixels: None
+        if found.pixels is not None:
             try:
                 self.add(found.poses.draw(found.pixels, self.threshold))
             except ValueError as error:

@@ -71,6 +71,7 @@ class Video:
 def write_video(path: str | Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[Array], None]]:
     """A function that adds a frame, uint8 RGB [H, W, 3] of `size` (H, W), to an MPEG-4 video.
 
+    MPEG-4 has even sides only: the last row or column of an odd one is there twice.
     The file is there, whole, when the context ends without an exception; otherwise what was there before is.
 
     Raises:
@@ -84,12 +85,15 @@ def write_video(path: str | Path, fps: float, size: tuple[int, int]) -> Iterator
     def add(frame: Array) -> None:
         if frame.shape != (*size, 3):
             raise ValueError(f"{path}: a frame must be {[*size, 3]}, got {list(frame.shape)}")
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        even = cv2.copyMakeBorder(frame, 0, height - size[0], 0, width - size[1], cv2.BORDER_REPLICATE)
+        writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
 
+    height, width = (side + side % 2 for side in size)
     with replacing(path) as temporary:
-        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), fps, (size[1], size[0]))
+        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
         if not writer.isOpened():
-            raise ValueError(f"{path}: OpenCV cannot write a video with suffix {path.suffix!r}")
+            what = f"with suffix {path.suffix!r} and {width} x {height} pixels"
+            raise ValueError(f"{path}: OpenCV cannot write a video {what}")
         try:
             yield add
         finally:

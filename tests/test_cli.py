@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -356,6 +357,39 @@ def test_every_decoder_is_exported(tmp_path, codec, format):
         with pytest.raises(ExportError, match="differ by nan of their maximum"):
             write(model, tmp_path / "nan.pt", (64, 96), codec=decoder)
         assert not (tmp_path / "nan.pt").exists()
+
+
+def test_export_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for options, message in (
+        (["--input-size", "-32", "-32", str(tmp_path / "e.pt")], "takes positive multiples of 16, got -32 -32"),
+        ([str(tmp_path / "file" / "e.pt")], "file"),
+        (["--keypoints", "--codec", "associative", str(tmp_path / "e.pt")], "mobileposenet is a top-down network, for"),
+    ):
+        assert main(["export", *options]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("fastpose: error: ") and message in said and said.count("\n") == 1
+    assert not (tmp_path / "e.pt").exists()
+
+
+def test_the_output_is_made_before_the_work(tmp_path, photo, capsys, monkeypatch):
+    cv2.imwrite(str(tmp_path / "a.png"), photo)
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.setattr("fastpose.predict.estimate_files", None)
+    assert main(["predict", str(tmp_path / "a.png"), "--output", str(tmp_path / "taken")]) == 2
+    assert "taken" in capsys.readouterr().err and (tmp_path / "taken").read_text() == "mine"
+
+
+def test_file_names_that_are_not_utf8(tmp_path, photo):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    data = cv2.imencode(".png", photo)[1].tobytes()
+    with open(name, "wb") as file:
+        file.write(data)
+    command = [sys.executable, "-m", "fastpose", "predict", str(tmp_path), "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([*command, "--detector", "none"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "caf?.png: 1 person" in done.stdout + done.stderr, done.stderr
+    assert len(json.loads((tmp_path / "out" / "poses.json").read_text())["annotations"]) == 1
 
 
 def test_keypoints_of_what_cannot_be_exported(tmp_path, capsys):

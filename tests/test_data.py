@@ -414,6 +414,31 @@ def test_exif_orientation_follows_the_annotation(tmp_path):
         read_annotated(path, (20, 31))
 
 
+def test_categories_with_as_many_keypoints_and_other_names(tmp_path):
+    content = datasets.coco_content(("a", "b", "c"))
+    content["categories"].append({"id": 2, "name": "cow", "keypoints": ["tail", "hoof", "horn"]})
+    content["annotations"][0]["category_id"] = 2
+    skeleton = Skeleton("mouse", ("a", "b", "c"), links=(), flip_pairs=(), sigmas=(0.1, 0.1, 0.1))
+    data = load_coco_format(content, [tmp_path], skeleton, keep_missing=True)
+    assert kinds(data.report)["annotation of another category"] == 1
+
+
+@pytest.mark.parametrize(("given", "crowds"), [(0, 0), (1, 1), (True, 1), (None, 0), ("0", 0), ("false", 0), (7, 0)])
+def test_the_crowd_flag(tmp_path, given, crowds):
+    content = datasets.coco_content(COCO17.names)
+    content["annotations"][0]["iscrowd"] = given
+    data = load_coco_format(content, [tmp_path], COCO17, keep_missing=True)
+    assert kinds(data.report).get("crowd region", 0) == crowds and data.annotated.people.crowd.sum() == crowds
+    assert ("iscrowd other than 0 or 1 (read as one person)" in kinds(data.report)) == (given in ("0", "false", 7))
+
+
+def test_the_error_names_the_splits_that_are_there(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"neither all.json nor .*; it has train.json and val.json, which are"):
+        load_dataset("custom", tmp_path, "all")
+
+
 def test_annotations_as_a_dict_need_no_images(tmp_path):
     content = datasets.coco_content(COCO17.names)
     data = load_coco_format(content, [tmp_path], COCO17, keep_missing=True)

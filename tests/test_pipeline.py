@@ -72,6 +72,19 @@ def test_detectors_that_give_tensors_or_tuples(photo):
         assert best is None or (poses.boxes[0] == best).all() or result is not boxes[:1]
 
 
+def test_a_slip_of_the_detector_does_not_cost_the_others(photo):
+    good = [20, 10, 200, 220]
+    boxes = np.array([[5, 5, 5, 90], good, [np.nan, 0, 9, 9], [900, 900, 950, 990]])
+    scores = [0.9, 0.8, 0.7, 0.6]
+    for result in ((boxes, scores), boxes):
+        poses = PoseEstimator(detector=lambda image, result=result: result)(photo)
+        assert poses.boxes.tolist() == [good]
+    with pytest.raises(BoxError, match=r"the detector's scores must be finite, got"):
+        PoseEstimator(detector=lambda image: (boxes, [0.9, np.nan, 1, 1]))(photo)
+    with pytest.raises(BoxError, match=r"the detector's boxes must be \[P, 4\] .*, got \[4, 3\]"):
+        PoseEstimator(detector=lambda image: boxes[:, :3])(photo)
+
+
 def test_saving_the_drawing_on_what_was_given(estimator, photo, tmp_path):
     poses = estimator(photo, [[20, 10, 200, 220]])
     cv2.imwrite(str(tmp_path / "photo.png"), photo[:, :, ::-1])

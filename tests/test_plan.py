@@ -650,6 +650,16 @@ def test_what_is_not_understood_is_named():
             optimize(module, (8, 8))
 
 
+@needs_kernels
+def test_small_examples_and_other_dtypes():
+    model = build("mobileposenet", num_keypoints=2)
+    fast, x = optimize(model, (model.input_multiple, model.input_multiple)), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert relative(fast(x), model(x)) < 1e-4
+    with pytest.raises(ValueError, match="optimize needs float32 parameters, got torch.float64"):
+        optimize(model.double())
+
+
 def test_wrong_images():
     fast = optimize(build("mobileposenet", num_keypoints=2))
     with pytest.raises(ValueError, match="MobilePoseNet: input must be .* multiples of 16, got"):

@@ -543,6 +543,8 @@ def test_config_errors(tmp_path):
         ("milestones=[20, 10]", r"milestones must be epochs in ascending order, got \[20.0, 10.0\]"),
         ("ema=1.0", "ema must be at least 0 and less than 1, got 1.0"),
         ("lr=-1.0", "lr must not be negative, got -1.0"),
+        ("augment.mirror=2.0", "augment.mirror is a probability, between 0 and 1, got 2.0"),
+        ("augment.log_scale=nan", "augment.log_scale must not be negative, got nan"),
         ("padding=-1.0", "padding must be positive, got -1.0"),
         ("decay_start=nan", "decay_start must be between 0 and 1, got nan"),
         ("stages=[{size=[64,48],epochs=0}]", "stages need a positive size, number of epochs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import cv2
@@ -46,8 +47,33 @@ def test_a_video_that_is_not_finished_leaves_the_old_one(tmp_path, frames):
     with pytest.raises(ValueError, match=r"a frame must be \[240, 320, 3\], got \[10, 320, 3\]"):
         write(path, [frames[0], frames[1][:10]])
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(ValueError, match="OpenCV cannot write a video with suffix '.nothing'"):
+    with pytest.raises(ValueError, match="OpenCV cannot write a video with suffix '.nothing' and "):
         write(tmp_path / "clip.nothing", frames)
+
+
+def test_odd_sides_lose_nothing(tmp_path):
+    frame = np.zeros((61, 81, 3), np.uint8)
+    frame[60:], frame[:, 80:] = 200, 200
+    write(tmp_path / "odd.mp4", [frame] * 3)
+    (got, *_) = Video(tmp_path / "odd.mp4")
+    assert got.shape == (62, 82, 3) and got[60, :70].mean() > 120 and got[:50, 80].mean() > 120
+
+
+def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, frames, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "clip.mp4", frames[:2])
+    cv2.imwrite("z.png", frames[0])
+
+    @contextlib.contextmanager
+    def fail(path, fps, size):
+        raise ValueError(f"{path}: OpenCV cannot write a video")
+        yield
+
+    monkeypatch.setattr(predict, "write_video", fail)
+    assert main(["predict", "clip.mp4", "z.png", "--detector", "none", "--save-images"]) == 2
+    assert capsys.readouterr().err.count("not drawn: ") == 1
+    assert len(json.loads((tmp_path / "poses" / "poses.json").read_text())["annotations"]) == 3
+    assert (tmp_path / "poses" / "z_pose.png").is_file()
 
 
 def test_what_is_no_video_is_named(tmp_path, frames, capfd):

@@ -261,6 +261,13 @@ def _categories(content: dict[str, Any], skeleton: Skeleton) -> set[Any]:
         for c, count in zip(categories, counts, strict=True)
         if count == skeleton.num_keypoints and _is_id(c.get("id"))
     }
+    # of several, those with the very names, if there are such: as many keypoints may be those of something else
+    exact = {
+        c["id"]
+        for c in categories
+        if _is_id(c.get("id")) and c["id"] in fitting and tuple(_keypoint_names(c)) == skeleton.names
+    }
+    fitting = exact or fitting
     if not fitting and any(counts):
         raise ValueError(
             f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the annotations' categories {counts}"
@@ -305,7 +312,11 @@ def _person(
     entry: dict[str, Any], name: str, size: tuple[int, int], skeleton: Skeleton, area_from_box: bool, report: Report
 ) -> _Person | None:
     k = skeleton.num_keypoints
-    crowd = bool(entry.get("iscrowd"))
+    stated_crowd = entry.get("iscrowd")
+    if stated_crowd is not None and not (isinstance(stated_crowd, (bool, int, float)) and stated_crowd in (0, 1)):
+        report.add("iscrowd other than 0 or 1 (read as one person)", name)
+        stated_crowd = 0
+    crowd = bool(stated_crowd)
     flat = _numbers(entry.get("keypoints", [0] * (3 * k) if crowd else None), 3 * k)
     if flat is None:
         given = entry.get("keypoints")
@@ -475,7 +486,9 @@ def load_custom(
         annotations or own or next((f / "annotations.json" for f in here if (f / "annotations.json").is_file()), None)
     )
     if path is None:
-        raise FileNotFoundError(f"{root} has neither {split}.json nor annotations.json, there or in annotations/")
+        parts = [p.name for folder in here for p in (folder / "train.json", folder / "val.json") if p.is_file()]
+        hint = f"; it has {' and '.join(parts)}, which are splits of their own" if parts else ""
+        raise FileNotFoundError(f"{root} has neither {split}.json nor annotations.json, there or in annotations/{hint}")
     data = load_coco_format(path, folders, skeleton, **options)
     if own is not None or annotations or split == "all":
         return data

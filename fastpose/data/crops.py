@@ -56,6 +56,12 @@ class Augmentation:
     erase: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("any_rotation", "mirror", "half_body", "grey", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name} is a probability, between 0 and 1, got {getattr(self, name)}")
+        for name in ("rotation_sd", "rotation", "log_scale", "shift", "contrast", "gain", "brightness"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"augment.{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"augment.scale must be two positive factors, the lesser first, got {list(self.scale)}")
         if self.rotation_sd and self.rotation:
