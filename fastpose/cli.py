@@ -6,6 +6,7 @@ Exit codes: 0 all done, 2 bad input (what could be done was done), 1 anything un
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -28,6 +29,10 @@ EVALUATION_SETTINGS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
+    if arguments is None:  # as a program; file names need not be UTF-8: what is not becomes question marks
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
     try:
         return int(options.run(options))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -199,7 +204,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     def report(name: object, error: object) -> None:
         errors.append({"file": str(name), "error": str(error)})
-        tqdm.write(f"fastpose: error: {_printable(error)}", file=sys.stderr)
+        tqdm.write(f"fastpose: error: {error}", file=sys.stderr)
 
     paths: list[Path] = []
     for source in options.sources:
@@ -257,7 +262,7 @@ def _predict(options: argparse.Namespace) -> int:
         for found in run_ahead(drawings.draw, everything, DRAWN_BEHIND) if save_images else everything:
             if found.poses is None:
                 if tell:
-                    tqdm.write(f"{_printable(found.path)}: {found.frame} frames, {of_video} poses")
+                    tqdm.write(f"{found.path}: {found.frame} frames, {of_video} poses")
                 of_video = 0
                 continue
             height, width = found.poses.image_size
@@ -271,7 +276,7 @@ def _predict(options: argparse.Namespace) -> int:
                 of_video += people
             elif tell:
                 best = f", best score {found.poses.scores.max():.2f}" if people else ""
-                tqdm.write(f"{_printable(found.path)}: {people} {'person' if people == 1 else 'people'}{best}")
+                tqdm.write(f"{found.path}: {people} {'person' if people == 1 else 'people'}{best}")
 
     json_path = Path(options.json) if options.json else output / "poses.json"
     if result["images"] or not errors:
@@ -283,11 +288,6 @@ def _predict(options: argparse.Namespace) -> int:
         print(f"fastpose: {len(errors)} of {inputs} inputs failed", file=sys.stderr)
         return BAD_INPUT
     return 0
-
-
-def _printable(text: object) -> str:
-    """File names need not be UTF-8; bytes that are not become question marks."""
-    return str(text).encode(errors="replace").decode()
 
 
 def _coco_frame(options: argparse.Namespace, skeleton: Any, errors: list[dict[str, str]]) -> dict[str, Any]:

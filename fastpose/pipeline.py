@@ -93,7 +93,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def without_autocast(function: F) -> F:
-    """`function` outside the caller's `torch.autocast`: decoders work in float32, and precision is the estimator's."""
+    """`function` outside the caller's `torch.autocast`: decoders work in float32, and precision is the estimator's.
+
+    `torch.autocast` is a decorator too, but keeps what to restore in one object, which threads would share.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -273,7 +276,7 @@ class PoseEstimator:
 
         def read_and_find(pair: tuple[Any, Any]) -> _Job:
             with torch.cuda.stream(here):
-                return self._find(read(pair))
+                return self._find(self._read(*pair, channel_order))
 
         work = read if self.own_detector else read_and_find
         with contextlib.closing(run_ahead(work, pairs, ahead, threads)) as jobs:

@@ -348,8 +348,9 @@ def test_every_decoder_is_exported(tmp_path, codec, format):
     crops = torch.randint(0, 256, (7, 3, 64, 96), dtype=torch.uint8)
     points, scores = read(tmp_path / "1.pt", crops)
     expected, expected_scores = estimate_crops(model, crops, decoder, None)
-    # not the maximum: on noise a rounding in the heatmap can move UDP's Newton step by tenths of a pixel
-    assert (points - expected).abs().quantile(0.95) < 0.01 and (scores - expected_scores).abs().max() < 1e-3
+    # on noise a rounding in the heatmap can move UDP's Newton step by tenths of a pixel: there not all of them
+    off = (points - expected).abs().quantile(0.95 if codec == "udp" else 1.0)
+    assert off < 0.01 and (scores - expected_scores).abs().max() < 1e-3
     assert (points - read(tmp_path / "0.pt", crops)[0]).abs().max() > 1
 
     if format == "torchscript":

@@ -256,23 +256,18 @@ def _categories(content: dict[str, Any], skeleton: Skeleton) -> set[Any]:
     """Ids of the categories with as many keypoints as the skeleton; empty: any."""
     categories = _category_list(content)
     counts = [len(_keypoint_names(c)) for c in categories]
-    fitting = {
-        c["id"]
+    fitting = [
+        c
         for c, count in zip(categories, counts, strict=True)
         if count == skeleton.num_keypoints and _is_id(c.get("id"))
-    }
+    ]
     # of several, those with the very names, if there are such: as many keypoints may be those of something else
-    exact = {
-        c["id"]
-        for c in categories
-        if _is_id(c.get("id")) and c["id"] in fitting and tuple(_keypoint_names(c)) == skeleton.names
-    }
-    fitting = exact or fitting
+    exact = [c for c in fitting if tuple(_keypoint_names(c)) == skeleton.names]
     if not fitting and any(counts):
         raise ValueError(
             f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the annotations' categories {counts}"
         )
-    return fitting
+    return {c["id"] for c in exact or fitting}
 
 
 def _people(

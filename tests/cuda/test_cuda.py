@@ -22,6 +22,8 @@ from tests.test_models import build
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(CUDA_REASON), reason=CUDA_REASON)]
 
+needs_two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
 
 @pytest.fixture(autouse=True)
 def exact_convolutions(monkeypatch):
@@ -116,7 +118,7 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_two_devices
 def test_other_device_than_the_current_one():
     x, w4, w3 = sample("cuda:1")
     tensors, image = random_poses(60, dtype=torch.float32, device="cuda:1")
@@ -280,9 +282,8 @@ def test_optimised_while_another_thread_allocates():
     assert len(fast._graphs) == 3
 
 
+@needs_two_devices
 def test_optimised_on_two_devices():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one device")
     for device in ("cuda:0", "cuda:1"):
         model = build("mobileposenet", num_keypoints=2).to(device)
         fast = fastpose.optimize(model)
