@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
     p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
     p.add_argument("--skeleton", help="the keypoints, for weights of others that do not tell, e.g. lsp14")
+    _add_preparation_arguments(p)
     p.add_argument("--boxes", metavar="FILE", help="JSON with person boxes by file name; instead of a detector")
     p.add_argument(
         "--detector",
@@ -96,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_arguments(p, "lspet")
     p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
     p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
-    p.add_argument("--codec", help="softmax, msra, dark or udp, for weights of others that do not tell")
-    p.add_argument("--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the crops, likewise")
-    p.add_argument("--padding", type=float, help="crop side in units of the box's, likewise")
+    _add_preparation_arguments(p)
     p.add_argument("--predictions", metavar="FILE", help="score this file of results in COCO's format; runs no network")
     p.add_argument("--metric", choices=METRICS, help="instead of the data set's own")
     p.add_argument("--boxes", metavar="FILE", help="a detector's boxes in COCO's format (default: the annotated ones)")
@@ -175,6 +174,18 @@ def _add_data_arguments(p: argparse.ArgumentParser, default: str | None = None) 
     p.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
 
 
+def _add_preparation_arguments(p: argparse.ArgumentParser) -> None:
+    """Arguments for what a file of weights may not tell; read by `_preparation`."""
+    p.add_argument("--codec", help="softmax, msra, dark or udp, for weights of others that do not tell")
+    p.add_argument("--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the crops, likewise")
+    p.add_argument("--padding", type=float, help="crop side in units of the box's, likewise")
+
+
+def _preparation(options: argparse.Namespace) -> dict[str, Any]:
+    size = tuple(options.input_size) if options.input_size else None
+    return {"codec": options.codec, "input_size": size, "padding": options.padding}
+
+
 def _load_data(options: argparse.Namespace, **more: Any) -> Any:
     from fastpose.data import load_dataset
 
@@ -241,6 +252,7 @@ def _predict(options: argparse.Namespace) -> int:
         precision=options.precision,
         flip_test=False if options.no_flip_test else None,
         skeleton=options.skeleton,
+        **_preparation(options),
     )
     if estimator.notice and files and not options.quiet:
         print(f"fastpose: {estimator.notice}", file=sys.stderr)
@@ -364,9 +376,7 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
             precision=options.precision,
             flip_test=False if options.no_flip_test else None,
             skeleton=data.skeleton if others else None,  # others' files do not say
-            input_size=tuple(options.input_size) if options.input_size else None,
-            padding=options.padding,
-            codec=options.codec,
+            **_preparation(options),
         )
         result = evaluate(
             estimator,

@@ -248,9 +248,9 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
     others = {p.dtype for p in reference.parameters()} - {torch.float32}
     if others:
         raise ValueError(f"optimize needs float32 parameters, got {', '.join(map(str, others))}")
-    example = torch.zeros(1, 3, height, width)
+    example = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        returned = reference(example)
+        returned = reference(example.clone())  # it may write into its input
         kind: type[Optimized] = Optimized
         if not isinstance(returned, Tensor):
             if not isinstance(returned, tuple) or len(returned) not in (1, 2):
@@ -260,7 +260,31 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
                 )
             kind = OptimizedPair if len(returned) == 2 else OptimizedSingle
         exported = torch.export.export(reference, (example,))
-    return kind(*_Lowering(exported, type(model).__name__, multiple, precision).lower())
+    optimized = kind(*_Lowering(exported, type(model).__name__, multiple, precision).lower())
+    _compare(optimized, example, returned, precision)
+    return optimized
+
+
+def _compare(optimized: Optimized, example: Tensor, expected: Any, precision: str) -> None:
+    """Run it once: what a pattern has overlooked is to be found here and not by wrong keypoints."""
+    with torch.no_grad():
+        try:
+            found = optimized(example)
+        except (RuntimeError, ValueError) as error:
+            raise NotOptimizable(f"{optimized.name}: {error}") from None
+    pairs = [(found, expected)] if isinstance(expected, Tensor) else list(zip(found, expected, strict=True))
+    for ours, theirs in pairs:
+        if ours.shape != theirs.shape:
+            raise NotOptimizable(
+                f"{optimized.name}: the result would be {list(ours.shape)}, the network's is {list(theirs.shape)}"
+            )
+        largest, off = (float(t.abs().max()) for t in (theirs, ours - theirs))
+        # rounding is orders of magnitude below this; in 16 or 8 bits there is no bound that holds for any network
+        if precision == "float32" and math.isfinite(largest) and not off <= 0.01 * largest:
+            raise NotOptimizable(
+                f"{optimized.name}: the result would differ from the network's by {off:.2g}, whose largest number is "
+                f"{largest:.2g}; this is an error of fastpose.optimize, please report it with the network"
+            )
 
 
 class _Lowering:
@@ -443,7 +467,7 @@ class _Lowering:
             if self.precision != "float32" and (k, stride, padding) == (1, 1, 0) and given["input"].op != "placeholder":
                 wide = self.precision == "int8" and min(weight.shape[:2]) >= INT8_CHANNELS
                 op = CONV_INT8 if wide else CONV_BF16
-            fits = fits and groups == 1
+            fits = fits and groups == 1 and padding < k <= 31 and stride <= 31
         if not fits:
             raise NotOptimizable(
                 f"{self.name}: convolution with weight {list(weight.shape)}, stride {stride}, padding {padding}, "
@@ -902,6 +926,12 @@ class _Lowering:
         def operand(node: Node | None) -> int:
             return -1 if node is None else self.map_of(node)
 
+        image = self.maps[self.image]  # its pixels are not padded to whole vectors, which convolutions alone allow for
+        first = operand(step.operand) if step.op not in (CONV, DECONV) else -1
+        if image in (first, *map(operand, (step.other, step.gate, step.second))):
+            raise NotOptimizable(
+                f"{self.name}: {step.node.target} of the image itself is not supported; expected a dense convolution"
+            )
         self.maps[step.out] = program.step(
             step.op,
             operand(step.operand),

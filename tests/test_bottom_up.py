@@ -93,8 +93,14 @@ def test_losses_equal_the_loop(background, position):
     assert all(o.grad.isfinite().all() for o in outputs)
     with pytest.raises(ValueError, match=r"mask must be \[B, 64, 64\], got \[2, 9, 9\]"):
         codec.losses(outputs, points, valid, mask[:, :9, :9])
-    with pytest.raises(ValueError, match="background must not be negative, got -0.1"):
-        replace(CODEC, background=-0.1)
+    for setting, message in (
+        ({"background": -0.1}, "codec.background must be at least 0, got -0.1"),
+        ({"sigma": 0.0}, "codec.sigma must be above 0, got 0.0"),
+        ({"max_people": 0}, "codec.max_people must be at least 1, got 0"),
+        ({"window": 4}, "codec.window must be an odd number of cells, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(CODEC, **setting)
 
 
 def test_nobody_to_train_on():

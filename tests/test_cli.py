@@ -225,6 +225,24 @@ def test_export_of_weights_in_8_bits(tmp_path, capsys):
         create_model("auto", weights=target)
 
 
+def test_predict_with_a_checkpoint_of_others(tmp_path, photo):
+    """What the file does not tell can be said, as to the estimator."""
+    weights, results = tmp_path / "w.pth", tmp_path / "poses.json"
+    torch.save(create_model("mobileposenet", num_keypoints=14).state_dict(), weights)
+    cv2.imwrite(str(tmp_path / "a.png"), photo)
+    arguments = ["predict", str(tmp_path / "a.png"), "--weights", str(weights), "--detector", "none", "--quiet"]
+    arguments += ["--output", str(tmp_path / "drawn"), "--json", str(results), "--skeleton", "lsp14"]
+    found = []
+    for size in (64, 96):
+        assert main([*arguments, "--codec", "udp", "--input-size", str(size), "64", "--padding", "1.5"]) == 0
+        found.append(np.array(json.loads(results.read_text())["annotations"][0]["keypoints"]).reshape(14, 3))
+        settings = {"input_size": (size, 64), "padding": 1.5, "codec": "udp", "skeleton": "lsp14"}
+        expected = PoseEstimator("mobileposenet", weights, detector="none", **settings)(tmp_path / "a.png")
+        assert np.abs(found[-1][:, :2] - expected.keypoints[0]).max() < 0.01
+    assert np.abs(found[0] - found[1]).max() > 1
+    assert main([*arguments, "--padding", "-1"]) == 2
+
+
 def test_export_of_a_checkpoint_of_others(tmp_path):
     torch.save(create_model("mobileposenet", num_keypoints=13).state_dict(), tmp_path / "w.pth")
     assert main(["export", "--model", "auto", "--weights", str(tmp_path / "w.pth"), str(tmp_path / "model.pt")]) == 0

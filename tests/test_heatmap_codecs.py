@@ -270,7 +270,11 @@ def test_codecs_in_settings(tmp_path):
     for make, message in (
         (lambda: MSRAHeatmapCodec(edges="x"), "edges must be"),
         (lambda: DarkHeatmapCodec(kernel=4), "odd number of taps, got 4"),
-        (lambda: UDPHeatmapCodec(sigma=0.0), "sigma > 0"),
+        (lambda: UDPHeatmapCodec(sigma=0.0), "codec.sigma must be above 0, got 0.0"),
+        (lambda: SoftmaxHeatmapCodec(sigma=math.nan), "codec.sigma must be above 0, got nan"),
+        (lambda: SoftmaxHeatmapCodec(blur=-1.0), "codec.blur must be at least 0, got -1.0"),
+        (lambda: SoftmaxHeatmapCodec(stride=0), "codec.stride must be at least 1, got 0"),
+        (lambda: MSRAHeatmapCodec(hardest=-8), "codec.hardest must be at least 0, got -8"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

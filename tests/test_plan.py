@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastpose
+from fastpose import plan
 from fastpose.layers import CBAM, SpatialAttention, channel_shuffle
 from fastpose.models.le_hrnet import MCAM
 from fastpose.models.lite_csw_hrnet import LiteCSWHRNetConfig, SingleResolutionCSW
@@ -585,9 +586,9 @@ class Split(nn.Module):
         return x.view(x.shape[0], 3, 1, 8, 8).sigmoid()
 
 
-class GatedUpsampling(nn.Module):
+class GatedUpsampling(nn.Conv2d):
     def forward(self, x):
-        x = x.sigmoid()
+        x = super().forward(x).sigmoid()
         return nn.functional.interpolate(x, scale_factor=2.0) * x.mean((2, 3), keepdim=True)
 
 
@@ -642,15 +643,25 @@ def test_what_is_not_understood_is_named():
         (ScaledSum(), r"the addition .*aten.add.Tensor.*alpha: 2.* is not supported"),
         (nn.ConvTranspose2d(3, 6, 2, 2), r"convolution with weight .*, transposed is not supported"),
         (nn.Conv2d(3, 6, 3, groups=3), r"convolution with weight \[6, 1, 3, 3\].*is not supported"),
-        (GatedUpsampling(), "aten.upsample_nearest2d.* is used by aten.mul.Tensor, which is not supported"),
+        (GatedUpsampling(3, 3, 1), "aten.upsample_nearest2d.* is used by aten.mul.Tensor, which is not supported"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2, 1)), "avg_pool2d.*expected stride = kernel only"),
+        (nn.Conv2d(3, 4, 3, padding=3), "padding 3, .* is not supported"),
+        (nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1)), "aten.relu_.* of the image itself is not supported"),
+        (nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(3, 4, 1)), "max_pool2d.* of the image itself .* dense conv"),
     ):
         module.input_multiple = 1
         with pytest.raises(NotOptimizable, match=message):
             optimize(module, (8, 8))
 
 
-@needs_kernels
+def test_errors_of_a_pattern_are_found_when_a_network_is_prepared(monkeypatch):
+    wrong = {**plan.ACTIVATIONS, torch.ops.aten.relu.default: plan.ACTIVATIONS[torch.ops.aten.silu.default]}
+    monkeypatch.setattr(plan, "ACTIVATIONS", wrong)
+    net = Multiple(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), 1)
+    with pytest.raises(NotOptimizable, match="Multiple: the result would differ from the network's by"):
+        optimize(net, (8, 8))
+
+
 def test_small_examples_and_other_dtypes():
     model = build("mobileposenet", num_keypoints=2)
     fast, x = optimize(model, (model.input_multiple, model.input_multiple)), torch.randn(2, 3, 64, 96)

@@ -546,6 +546,7 @@ def test_config_errors(tmp_path):
         ("augment.mirror=2.0", "augment.mirror is a probability, between 0 and 1, got 2.0"),
         ("augment.log_scale=nan", "augment.log_scale must not be negative, got nan"),
         ("padding=-1.0", "padding must be positive, got -1.0"),
+        ("codec.sigma=0.0", "codec.sigma must be above 0, got 0.0"),
         ("decay_start=nan", "decay_start must be between 0 and 1, got nan"),
         ("stages=[{size=[64,48],epochs=0}]", "stages need a positive size, number of epochs"),
     ):

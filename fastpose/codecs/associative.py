@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastpose.codecs.base import gaussian_maps
+from fastpose.codecs.base import check_above_zero, check_at_least, gaussian_maps
 from fastpose.grouping import group_people
 
 Array = NDArray[Any]
@@ -55,9 +55,10 @@ class AssociativeEmbeddingCodec:
     type: str = field(default="associative", init=False)
 
     def __post_init__(self) -> None:
-        for name in ("push", "pull", "background", "position"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_at_least(self, stride=1, push=0, pull=0, background=0, position=0, max_people=1, detection_threshold=0)
+        check_above_zero(self, "sigma", "tag_threshold")
+        if self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"codec.window must be an odd number of cells, got {self.window}")
 
     def encode(self, keypoints: Tensor, valid: Tensor, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
         """Training targets at one resolution.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,20 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+
+def check_at_least(codec: object, **least: float) -> None:
+    """Raise ValueError unless the named fields are numbers of at least so much."""
+    for name, bound in least.items():
+        if not bound <= getattr(codec, name) < math.inf:
+            raise ValueError(f"codec.{name} must be at least {bound}, got {getattr(codec, name)}")
+
+
+def check_above_zero(codec: object, *names: str) -> None:
+    """Raise ValueError unless the named fields are positive numbers."""
+    for name in names:
+        if not 0 < getattr(codec, name) < math.inf:
+            raise ValueError(f"codec.{name} must be above 0, got {getattr(codec, name)}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,9 @@ class HeatmapCodec(ABC):
     flip_shift: ClassVar[int] = 0
 
     stride: int = 4
+
+    def __post_init__(self) -> None:
+        check_at_least(self, stride=1)
 
     def heatmaps(self, outputs: Tensor) -> Tensor:
         """What `decode` takes and the flip test averages, from the network's outputs [B, K, H, W]; float32."""
@@ -96,11 +114,9 @@ class GaussianCodec(HeatmapCodec):
     hardest: int = 0
 
     def __post_init__(self) -> None:
-        if self.stride < 1 or self.sigma <= 0 or self.hardest < 0:
-            raise ValueError(
-                "a heatmap codec needs stride >= 1, sigma > 0 and hardest >= 0, "
-                f"got stride={self.stride}, sigma={self.sigma}, hardest={self.hardest}"
-            )
+        super().__post_init__()
+        check_at_least(self, hardest=0)
+        check_above_zero(self, "sigma")
 
     def loss(self, outputs: Tensor, keypoints: Tensor, valid: Tensor) -> Tensor:
         """`heatmap_mse` with the targets of `encode`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastpose.codecs.base import HeatmapCodec, Neighbours, blur, peaks
+from fastpose.codecs.base import HeatmapCodec, Neighbours, blur, check_above_zero, check_at_least, peaks
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class SoftmaxHeatmapCodec(HeatmapCodec):
     sigma: float = 1.0
     blur: float = 1.0
     type: str = field(default="softmax", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_above_zero(self, "sigma")
+        check_at_least(self, blur=0)
 
     def loss(self, outputs: Tensor, keypoints: Tensor, valid: Tensor) -> Tensor:
         """Mean cross-entropy over the valid keypoints; 0 if there are none.
