@@ -232,7 +232,8 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
     Raises:
         RuntimeError: the compiled operators are not available.
         ValueError: an unknown precision; parameters that are not float32.
-        NotOptimizable: an operation is not understood; the message names it.
+        NotOptimizable: an operation is not understood; the message names it. Or the result for the example, which is
+            computed once, is not that of `model`.
     """
     if any(p.is_cuda for p in model.parameters()):
         return Graphed(model, size, precision)
