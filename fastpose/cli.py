@@ -6,6 +6,7 @@ Exit codes: 0 all done, 2 bad input (what could be done was done), 1 anything un
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -22,7 +23,8 @@ DRAWN_BEHIND = 4  # pictures that are being written while the next poses are fou
 # what the numbers of an evaluation depend on
 EVALUATION_SETTINGS = (
     "dataset", "data", "split", "limit", "model", "weights", "predictions", "boxes", "least_score", "codec",
-    "input_size", "padding", "nms", "nms_threshold", "keypoint_threshold", "no_flip_test", "precision", "evaluator",
+    "input_size", "padding", "no_flip_shift", "nms", "nms_threshold", "keypoint_threshold", "no_flip_test", "precision",
+    "evaluator",
 )  # fmt: skip
 
 
@@ -178,12 +180,24 @@ def _add_preparation_arguments(p: argparse.ArgumentParser) -> None:
     """Arguments for what a file of weights may not tell; read by `_preparation`."""
     p.add_argument("--codec", help="softmax, msra, dark or udp, for weights of others that do not tell")
     p.add_argument("--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the crops, likewise")
+    p.add_argument(
+        "--no-flip-shift",
+        action="store_true",
+        help="with --codec: do not move mirrored heatmaps (of msra and dark)",
+    )
     p.add_argument("--padding", type=float, help="crop side in units of the box's, likewise")
 
 
 def _preparation(options: argparse.Namespace) -> dict[str, Any]:
+    from fastpose.codecs import HeatmapCodec, get_codec
+
+    codec = get_codec(options.codec) if options.codec else None
+    if options.no_flip_shift:
+        if not isinstance(codec, HeatmapCodec):
+            raise ValueError(f"--no-flip-shift needs --codec softmax, msra, dark or udp, got {options.codec}")
+        codec = dataclasses.replace(codec, flip_shift=0)
     size = tuple(options.input_size) if options.input_size else None
-    return {"codec": options.codec, "input_size": size, "padding": options.padding}
+    return {"codec": codec, "input_size": size, "padding": options.padding}
 
 
 def _load_data(options: argparse.Namespace, **more: Any) -> Any:

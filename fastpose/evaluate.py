@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,14 @@ class Evaluation:
         estimate = None if np.isnan(score.matched[i]).all() else score.matched[i]
         if score.metric != "AP" or data.annotated is None:
             caption = f"{measure} {score.quality[i]:.2f} {data.images[i].name}"
-            return Case(data.read(i), data.boxes[i], data.keypoints[i], data.labelled[i], estimate, caption)
+            image = _image_or_black(data.read, i)
+            return Case(image, data.boxes[i], data.keypoints[i], data.labelled[i], estimate, caption)
         people, images = data.annotated.people, data.annotated
         at = int(people.image[i])
         x, y, w, h = people.boxes[i]
         caption = f"{measure} {score.quality[i]:.2f} {images.files[at].name}"
         box = np.array([x, y, x + w, y + h])
-        return Case(images.read(at), box, people.keypoints[i], people.visible[i], estimate, caption)
+        return Case(_image_or_black(images.read, at), box, people.keypoints[i], people.visible[i], estimate, caption)
 
 
 def evaluate(
@@ -126,7 +128,8 @@ def evaluate(
 ) -> Evaluation:
     """Estimate everybody in `data` and score the poses by its metric. Bottom-up networks find the people themselves.
 
-    Images that cannot be read, and boxes outside their image, are reported and left out. The arguments from `nms` on
+    Images that cannot be read, and boxes outside their image, are reported and left out; images without boxes are not
+    opened, the people on them are missed. The arguments from `nms` on
     are those of `fastpose.scoring.score_poses` and matter for AP of top-down networks only (`evaluator`: of all).
 
     Args:
@@ -274,6 +277,14 @@ def _crop_areas(info: WeightsInfo, convention: str, boxes: Array) -> Array:
     matrices = [crop_matrix(box, info.input_size, info.padding, convention=convention) for box in boxes]
     zooms = np.array([abs(np.linalg.det(m[:, :2])) for m in matrices], np.float64)
     return np.asarray(info.input_size[0] * info.input_size[1] / zooms)
+
+
+def _image_or_black(read: Callable[[int], Array], i: int) -> Array:
+    """Results are scored without the images too."""
+    try:
+        return read(i)
+    except ImageError:
+        return np.zeros((1, 1, 3), np.uint8)
 
 
 def _none_for_nan(value: float) -> float | None:

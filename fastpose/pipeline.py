@@ -139,7 +139,7 @@ class PoseEstimator:
         input_size: (height, width) of the crops; for bottom-up networks the lesser number is the shorter side.
         padding: crop side in units of the box's longer side.
         codec: ``"softmax"``, ``"msra"``, ``"dark"``, ``"udp"``, ``"associative"`` or an instance from
-            `fastpose.codecs`.
+            `fastpose.codecs` (``MSRAHeatmapCodec(flip_shift=0)`` for a flip test without the shift by one cell).
 
     Attributes:
         not_optimized: why the network is not run through `fastpose.optimize`; empty if it is, or will be once it pays.

@@ -83,7 +83,8 @@ def score_poses(
 
     Args:
         keypoints: [N, K, 2] pixels; keypoint_scores: [N, K].
-        nms, nms_threshold: method and threshold of `fastpose.ops.oks_nms`, or "none".
+        nms, nms_threshold: method and threshold of `fastpose.ops.oks_nms`, or "none". "soft" decays linearly and the
+            decayed scores count; mmpose's ``soft_oks_nms`` decays by a Gaussian and keeps the scores as they were.
         crop_areas: [N] square pixels, the a of the OKS in NMS; HRNet takes the crop's. Default: the box's.
         evaluator: "fastpose", or "pycocotools" to let that compute AP.
 

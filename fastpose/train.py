@@ -45,7 +45,15 @@ from fastpose.pipeline import PoseEstimator
 from fastpose.preprocess import normalize
 from fastpose.skeletons import SKELETONS, Skeleton, skeleton_to_dict
 from fastpose.training.optim import Average, Optimizer, Schedule
-from fastpose.training.records import Log, check_config, report_data, save_state, write_config
+from fastpose.training.records import (
+    Log,
+    check_config,
+    random_state,
+    report_data,
+    save_state,
+    set_random_state,
+    write_config,
+)
 from fastpose.training.samples import (
     Store,
     check_validation,
@@ -104,6 +112,8 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
         step, best = state["step"], state["best"]
     network = _wrap(model, config, device)
     teacher = Teacher(config, train_data.skeleton, device) if config.teacher else None
+    if resume:
+        set_random_state(state["random"], device)  # last: networks are made with random weights
     if first:
         if not resume:
             write_config(config, device, world_size(), output / "config.json")
@@ -177,6 +187,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
                     updates=average.updates,
                     step=step,
                     best=best,
+                    random=random_state(device),
                 )
             started, images, losses = time.time(), 0, []
     progress.close()
@@ -191,7 +202,7 @@ def _check_output(config: TrainConfig, output: Path, resume: bool) -> None:
     if not resume and last.is_file():
         raise FileExistsError(f"{output} already holds a run; give --resume to go on, or another output folder")
     if resume:
-        check_config(config, output / "config.json")
+        check_config(config, output / "config.json", world_size())
     output.mkdir(parents=True, exist_ok=True)
     wait_for_all()
 
@@ -249,6 +260,7 @@ def _loader(
         prefetch_factor=4 if config.workers else None,
         pin_memory=device.type == "cuda",
         collate_fn=collate_scenes if config.bottom_up else None,
+        generator=torch.Generator(),  # not the network's: a run that is resumed makes one loader more
     )
 
 

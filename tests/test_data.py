@@ -125,7 +125,7 @@ def test_everything_broken_is_counted_and_the_rest_is_read(tmp_path):
         "keypoints are not 17 x (x, y, v) finite numbers": 3,
         "crowd region": 1,
         "person without labelled keypoints": 1,
-        "box without area (not estimated)": 1,
+        "bbox without area (keypoints give the box)": 1,
         "box outside the image (not estimated)": 1,
         "bbox is not [x, y, width, height] in finite numbers (keypoints give the box)": 1,
         "no area (0.53 of the box is taken)": 2,
@@ -135,13 +135,13 @@ def test_everything_broken_is_counted_and_the_rest_is_read(tmp_path):
         "keypoint flag other than 0, 1 or 2 (above 0 is read as labelled)": 1,
         "annotation is not an object": 1,
     }
-    assert len(data) == 8 + 6 and 40 not in data.annotated.ids and data.report.wrong == 22
+    assert len(data) == 8 + 7 and 40 not in data.annotated.ids and data.report.wrong == 22
     assert "image file missing: 2 (" in data.report.to_text() and "note: crowd region: 1" in data.report.to_text()
     assert "crowd region" not in data.report.to_text(wrong_only=True)
     json.dumps(data.report.to_dict())
     assert np.isfinite(data.boxes).all() and (data.boxes[:, 2:] > data.boxes[:, :2]).all()
-    # the crowd, the person without keypoints and those with bad boxes are still part of the truth
-    assert len(data.annotated.people) == 8 + 6 + 4 and data.annotated.people.ignored.sum() == 2
+    # the crowd, the person without keypoints and who is outside are still part of the truth
+    assert len(data.annotated.people) == 8 + 7 + 3 and data.annotated.people.ignored.sum() == 2
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,39 @@ def test_detections(tmp_path):
         load_dataset("coco", tmp_path, "val", detections=tmp_path / "annotations" / "person_keypoints_val2017.json")
     data = load_dataset("coco", tmp_path, "val", detections=[{**first, "category_id": {}}])
     assert kinds(data.report) == {"detection of another category": 1, "no detection is left": 1} and data.report.wrong
+
+
+def test_results_for_a_test_set_without_annotations(tmp_path):
+    content = datasets.write_standard_coco(tmp_path)
+    found = [{"image_id": a["image_id"], "bbox": a["bbox"], "score": 0.5} for a in content["annotations"]]
+    file = tmp_path / "image_info.json"
+    file.write_text(json.dumps({key: content[key] for key in ("images", "categories")}))
+    data = load_dataset("coco", tmp_path, "val", annotations=file, detections=found)
+    assert len(data) == 10 and len(data.annotated) == 6 and len(data.annotated.people) == 0
+    with pytest.raises(ValueError, match="with the list 'annotations'"):
+        load_dataset("coco", tmp_path, "val", annotations=file)
+
+
+def test_who_has_no_size(tmp_path):
+    """One labelled keypoint tells no size; an area of 0, which no pose would match, and an empty box tell nothing."""
+    content = datasets.write_standard_coco(tmp_path)
+    one, flat, empty, *_ = content["annotations"]
+    one["keypoints"][3:] = [0] * 48
+    one["num_keypoints"] = 1
+    del one["bbox"]
+    flat["area"] = 0
+    empty |= {"bbox": [0, 0, 0, 0], "area": 0}
+    (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
+    data = load_dataset("coco", tmp_path, "val")
+    assert kinds(data.report) == {
+        "no bbox (keypoints give the box)": 1,
+        "one labelled position and no box tell no size (not estimated)": 1,
+        "bbox without area (keypoints give the box)": 1,
+        "no area (0.53 of the box is taken)": 2,
+    }
+    assert len(data) == 9 and (data.boxes[:, 2:] - data.boxes[:, :2] > 20).all()
+    areas, boxes = data.annotated.people.areas, data.annotated.people.boxes
+    assert np.allclose(areas[1:3], 0.53 * boxes[1:3, 2] * boxes[1:3, 3])
 
 
 def test_the_category_is_that_of_the_annotations(tmp_path):
@@ -396,6 +429,48 @@ def test_validate_data(tmp_path):
     assert report.findings["keypoint that nobody has"].examples == ["left_eye"]
     quick = validate_data(load_dataset("coco", tmp_path, "val"), read_images=False)
     assert "image cannot be read" not in quick.findings
+
+
+def corners(annotation):
+    x, y, w, h = annotation["bbox"]
+    annotation["bbox"] = [x, y, x + w, y + h]
+
+
+def fractions(annotation):
+    annotation["keypoints"] = [v / 120 if i % 3 < 2 else v for i, v in enumerate(annotation["keypoints"])]
+
+
+def elsewhere(annotation):
+    annotation["bbox"] = [1, 1, 9, 9]
+
+
+def too_large(annotation):
+    annotation["bbox"][2:] = [200, 300]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (corners, "boxes look like [x1, y1, x2, y2], expected [x, y, width, height]"),
+        (fractions, "all labelled keypoints at one place (fractions of the image instead of pixels?)"),
+        (elsewhere, "most labelled keypoints lie outside the person's box"),
+        (too_large, "box reaches beyond the image (clipped)"),
+    ],
+)
+def test_validate_data_finds_what_does_not_fit_together(tmp_path, change, message):
+    content = datasets.write_standard_coco(tmp_path)
+    for annotation in content["annotations"]:
+        change(annotation)
+    (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
+    report = validate_data(load_dataset("coco", tmp_path, "val"), read_images=False)
+    assert report.findings[message].count == (1 if change is corners else 10) and report.wrong
+
+
+def test_an_image_with_two_ids(tmp_path):
+    content = datasets.write_standard_coco(tmp_path)
+    content["images"].append({**content["images"][0], "id": 999})
+    (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
+    assert kinds(load_dataset("coco", tmp_path, "val").report) == {"image file with two ids (both count)": 1}
 
 
 def test_exif_orientation_follows_the_annotation(tmp_path):

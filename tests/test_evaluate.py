@@ -209,6 +209,9 @@ def test_command_line(tmp_path, capsys):
     again = json.loads((tmp_path / "m.json").read_text())
     assert again["numbers"] == numbers["numbers"] and again["per_keypoint"] == numbers["per_keypoint"]
     assert main([*common, *weights]) == 2 and "none of the 6 images" in capsys.readouterr().err
+    (tmp_path / "w.png").unlink()
+    black = [*common, "--predictions", str(tmp_path / "r.json"), "--worst", str(tmp_path / "w.png")]
+    assert main(black) == 0 and cv2.imread(str(tmp_path / "w.png")) is not None
     (tmp_path / "elsewhere" / "003.png").unlink()
     assert main([*common, *weights, "--images", str(tmp_path / "elsewhere"), "--limit", "4"]) == 2
     assert "image file missing: 1" in capsys.readouterr().err
@@ -240,6 +243,14 @@ def test_weights_of_others(tmp_path, capsys):
     settings = json.loads((tmp_path / "n.json").read_text())["settings"]
     assert settings["codec"] == "dark" and settings["input_size"] == [64, 64]
     assert main([*arguments, "--codec", "best"]) == 2 and "best" in capsys.readouterr().err
+    assert main([*arguments, "--no-flip-shift"]) == 2
+    assert "--no-flip-shift needs --codec softmax, msra, dark or udp, got None" in capsys.readouterr().err
+    arguments.remove("--no-flip-test")
+    for shift in ([], ["--no-flip-shift"]):
+        results = tmp_path / f"r{len(shift)}.json"
+        assert main([*arguments, "--codec", "msra", *shift, "--results", str(results)]) == 0
+    one, two = (json.loads((tmp_path / f"r{i}.json").read_text()) for i in (0, 1))
+    assert one != two
 
 
 def test_bottom_up(tmp_path):

@@ -164,6 +164,17 @@ def test_the_flip_test_is_unbiased_to_the_accuracy_of_the_codec(codec):
         assert torch.allclose(error, torch.full_like(error, 0.5), atol=0.05)
 
 
+@pytest.mark.parametrize("make", [MSRAHeatmapCodec, DarkHeatmapCodec])
+def test_the_flip_test_without_shift(make):
+    """HRNet's SHIFT_HEATMAP: false."""
+    maps, mirrored, order = torch.rand(2, 17, 8, 6), torch.rand(2, 17, 8, 6), COCO17.flip_indices
+    plain = mirrored.flip(3)[:, list(order)]
+    assert torch.equal(make(flip_shift=0).average_flipped(maps, mirrored.clone(), order), (maps + plain) / 2)
+    shifted = torch.cat([plain[..., :1], plain[..., :-1]], 3)
+    assert torch.equal(make().average_flipped(maps, mirrored.clone(), order), (maps + shifted) / 2)
+    assert make().flip_shift == 1 and UDPHeatmapCodec().flip_shift == SoftmaxHeatmapCodec().flip_shift == 0
+
+
 @pytest.mark.parametrize("codec", ALL, ids=str)
 def test_awkward_maps(codec):
     points, scores = codec.decode(torch.zeros(0, 17, 8, 6))

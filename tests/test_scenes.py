@@ -64,6 +64,16 @@ def test_everybody_on_an_image(coco):
         SceneStore(coco.take(np.zeros(0, np.int64)), 100)
 
 
+def test_who_cannot_be_estimated_is_learned_all_the_same(tmp_path):
+    """A box beside the image keeps a person out of top-down data; a bottom-up network needs no box."""
+    content = datasets.write_standard_coco(tmp_path)
+    content["annotations"][1]["bbox"] = [500, 500, 10, 20]
+    (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
+    data = load_dataset("coco", tmp_path, "val")
+    scene = SceneStore(data, 1000).get(0)
+    assert len(data) == 9 and len(scene.keypoints) == 2 and scene.labelled.any(1).all() and len(scene.ignored) == 0
+
+
 @pytest.mark.parametrize("source", ["images", "mosaics"])
 def test_dots_lie_where_the_labels_say(coco, source):
     """One affine map for pixels and keypoints; keypoints exchanged by the mirror; the colours tell which is which."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from fastpose.metrics import pck, torso_lengths
 from fastpose.skeletons import COCO17, LSP14
 from fastpose.train import Optimizer, Schedule, Stage, TrainConfig, train
 from fastpose.training.muon import Muon
-from fastpose.training.samples import check_validation
+from fastpose.training.samples import check_validation, open_store
 from fastpose.training.teacher import Teacher
 from tests import datasets
 
@@ -105,6 +106,15 @@ def test_samples_follow_the_keypoints_and_the_seed(lspet):
         for x, y in points[valid].round().long().tolist():  # a dot lies where the label says
             assert crop[:, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].max() > 40
     assert not torch.equal(dataset[0][0], dataset[8][0])  # the same person in the next epoch
+
+
+def test_stored_people_are_large_enough_for_every_change(lspet, tmp_path):
+    """A crop that shows less than the box must not be enlarged from what was reduced for the whole box."""
+    data = load_lspet(lspet, "train").take(np.arange(2))
+    changes = Augmentation(scale=(0.5, 1.0), log_scale=0.1, half_body=0.3)
+    store = open_store(config(lspet, tmp_path / "run", augment=changes, padding=1.0), data)
+    assert math.isclose(changes.zoom, 1.5 * 2 * math.exp(0.1)) and store.side == round(48 * changes.zoom)
+    assert Augmentation().zoom == 1.0
 
 
 def test_batches_cover_every_person_and_resume():
@@ -242,6 +252,32 @@ def test_a_killed_run_resumes_exactly(lspet, tmp_path):
             break
         assert process.returncode == -signal.SIGKILL
     assert attempt > 0, "the run was over before it could be killed"
+    same_run(tmp_path / "whole", tmp_path / "part")
+
+
+def test_networks_with_random_parts_resume_exactly(lspet, tmp_path, monkeypatch, capsys):
+    """EfficientHRNet leaves out blocks at random: a resumed run must not repeat the choices of the first steps."""
+    import fastpose.train as module
+
+    settings = {"model": "efficient_hrnet_h4", "mosaic": 2, "stages": (Stage((64, 64), 2.0, 4),), "limit": 8}
+    train(config(lspet, tmp_path / "whole", **settings), quiet=True)
+    original = module.save_state
+
+    def save_state(path, **state):
+        original(path, **state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_state", save_state)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(lspet, tmp_path / "part", **settings), quiet=True)
+    monkeypatch.setattr(module, "save_state", original)
+    file = tmp_path / "part" / "config.json"
+    content = json.loads(file.read_text())
+    content["device"]["processes"] = 2
+    file.write_text(json.dumps(content))
+    torch.manual_seed(123)
+    train(config(lspet, tmp_path / "part", **settings), resume=True, quiet=True)
+    assert "the run began with 2 processes and goes on with 1" in capsys.readouterr().err
     same_run(tmp_path / "whole", tmp_path / "part")
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -38,17 +38,18 @@ class HeatmapCodec(ABC):
             the image the crop shows; where in the crop a heatmap cell lies is the codec's own affair. So a network
             may be run with another convention: its keypoints then move by the resampling of the crop only.
         flip_shift: columns by which the heatmaps of the mirrored crop, mirrored back, are moved right before they are
-            averaged with those of the crop.
+            averaged with those of the crop; columns at the left stay. 1 for `MSRAHeatmapCodec` and `DarkHeatmapCodec`,
+            whose cells are not symmetric, as in the original code (SHIFT_HEATMAP); otherwise 0.
         stride: input pixels per heatmap cell.
     """
 
     convention: ClassVar[str] = "fastpose"
-    flip_shift: ClassVar[int] = 0
 
     stride: int = 4
+    flip_shift: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_at_least(self, stride=1)
+        check_at_least(self, stride=1, flip_shift=0)
 
     def heatmaps(self, outputs: Tensor) -> Tensor:
         """What `decode` takes and the flip test averages, from the network's outputs [B, K, H, W]; float32."""
@@ -92,7 +93,6 @@ class HeatmapCodec(ABC):
         """
         mirrored = mirrored.flip(3)[:, list(flip_indices)]
         if self.flip_shift:
-            # column 0 stays, as in the original implementations
             mirrored[..., self.flip_shift :] = mirrored[..., : -self.flip_shift].clone()
         return (heatmaps + mirrored) / 2
 

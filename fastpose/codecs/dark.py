@@ -32,13 +32,13 @@ class DarkHeatmapCodec(GaussianCodec):
 
     Attributes:
         kernel: taps of the smoothing, odd; the authors use 11 for a sigma of 2 and 17 for 3.
-        stride, sigma, hardest: see `GaussianCodec`.
+        stride, sigma, hardest, flip_shift: see `GaussianCodec`.
     """
 
     convention: ClassVar[str] = "hrnet"
-    flip_shift: ClassVar[int] = 1
 
     kernel: int = 11
+    flip_shift: int = field(default=1, kw_only=True)
     type: str = field(default="dark", init=False)
 
     def __post_init__(self) -> None:

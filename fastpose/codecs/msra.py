@@ -28,13 +28,13 @@ class MSRAHeatmapCodec(GaussianCodec):
     Attributes:
         edges: where the maximum is moved: ``"hrnet"``: not at all in the two first and the last row and column;
             ``"mmpose"``: not in x in the two first columns and the last, not in y in the first row, and accordingly.
-        stride, sigma, hardest: see `GaussianCodec`.
+        stride, sigma, hardest, flip_shift: see `GaussianCodec`.
     """
 
     convention: ClassVar[str] = "hrnet"
-    flip_shift: ClassVar[int] = 1
 
     edges: str = "hrnet"
+    flip_shift: int = field(default=1, kw_only=True)
     type: str = field(default="msra", init=False)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ METRICS = ("PCK@0.2", "PCKh@0.5", "AP")
 # kinds of findings that every data set may have
 MISSING, UNREADABLE = "image file missing", "image cannot be read"
 OUTSIDE = "box outside the image (not estimated)"
+NO_SIZE = "one labelled position and no box tell no size (not estimated)"
 
 
 @dataclass

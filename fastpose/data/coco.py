@@ -23,6 +23,7 @@ from fastpose.average_precision import KeypointResults, KeypointTruth
 from fastpose.data.base import (
     KEYPOINT_MARGIN,
     MISSING,
+    NO_SIZE,
     OUTSIDE,
     AnnotatedImages,
     Array,
@@ -113,7 +114,8 @@ def load_coco_format(
         skeleton: what the keypoints are; None: as the file's categories say.
         area_from_box: areas for OKS are 0.53 of the box whatever the file says, CrowdPose's rule.
         detections: path or contents of a list ``{"image_id", "bbox" [x, y, width, height], "score"}``: its boxes
-            scoring at least `least_score` are the people to estimate, not clipped, in the order of the file.
+            scoring at least `least_score` are the people to estimate, not clipped, in the order of the file. Then the
+            annotation file, like those of COCO's test sets, needs no ``annotations``.
         keep_missing: keep images whose file does not exist (they are reported either way).
 
     Raises:
@@ -122,6 +124,8 @@ def load_coco_format(
     """
     where = "annotations" if isinstance(annotations, dict) else str(annotations)
     content = annotations if isinstance(annotations, dict) else read_json(annotations, "annotation file")
+    if detections is not None and isinstance(content, dict) and isinstance(content.get("images"), list):
+        content = {"annotations": [], **content}  # image lists of test sets have none
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{where}: expected COCO's format, a JSON object with the list {key!r}")
@@ -198,6 +202,7 @@ def _clip(boxes: Array, sizes: Array) -> Array:
 def _images(entries: list[Any], report: Report) -> dict[int | str, dict[str, Any]]:
     """Usable image entries by id, ids ascending: file_name, size (height, width), crowdIndex."""
     found: dict[int | str, dict[str, Any]] = {}
+    names: set[str] = set()
     for i, entry in enumerate(entries):
         known = isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and entry["file_name"]
         if not known or not _is_id(entry.get("id")):
@@ -210,6 +215,9 @@ def _images(entries: list[Any], report: Report) -> dict[int | str, dict[str, Any
         size = (int(size[0]), int(size[1])) if min(size) >= 1 else (0, 0)
         if size == (0, 0):
             report.add("image without height and width", entry["file_name"], wrong="height" in entry)
+        if entry["file_name"] in names:
+            report.add("image file with two ids (both count)", entry["file_name"])
+        names.add(entry["file_name"])
         found[entry["id"]] = {"file_name": entry["file_name"], "size": size, "crowdIndex": entry.get("crowdIndex")}
     numbers = all(isinstance(i, int) for i in found)
     return {i: found[i] for i in (sorted(found) if numbers else found)}
@@ -335,8 +343,11 @@ def _person(
 
     box = _numbers(entry.get("bbox"), 4)
     usable = not crowd and count > 0 and stated != 0
-    if box is None:
-        if "bbox" in entry:
+    empty = box is not None and (box[2:] <= 0).any()
+    if box is None or (empty and usable):
+        if empty:
+            report.add("bbox without area (keypoints give the box)", name)
+        elif "bbox" in entry:
             report.add("bbox is not [x, y, width, height] in finite numbers (keypoints give the box)", name)
         else:
             report.add("no bbox (keypoints give the box)", name, wrong=False)
@@ -346,7 +357,7 @@ def _person(
     corner = np.concatenate([box[:2], box[:2] + box[2:]])[None]
     x1, y1, x2, y2 = _clip(corner, np.array([size]))[0]
     if usable and (box[2:] <= 0).any():
-        report.add("box without area (not estimated)", name)
+        report.add(OUTSIDE if np.ptp(points[labelled, :2], axis=0).any() else NO_SIZE, name)
         usable = False
     elif usable and (x2 <= x1 or y2 <= y1):
         report.add(OUTSIDE, name)
@@ -357,8 +368,10 @@ def _person(
         report.add("person without labelled keypoints", name, wrong=False)
 
     area = float(box[2:].clip(0).prod() * AREA_SHARE)
-    if not area_from_box and is_number(entry.get("area")) and entry["area"] >= 0:
-        area = float(entry["area"])
+    stated_area = float(entry["area"]) if is_number(entry.get("area")) else -1.0
+    # no pose is like that of somebody without area; 0 is left to those whose box has none either
+    if not area_from_box and (stated_area > 0 or stated_area == area == 0):
+        area = stated_area
     elif not area_from_box:
         report.add("no area (0.53 of the box is taken)", name, wrong="area" in entry)
     return _Person(entry["image_id"], points, box, area, crowd or stated == 0, crowd, usable)

@@ -67,6 +67,11 @@ class Augmentation:
         if self.rotation_sd and self.rotation:
             raise ValueError("augment: choose rotation_sd (normal) or rotation (uniform), not both")
 
+    @property
+    def zoom(self) -> float:
+        """How much larger than without a change a person gets at most; half a body fills a crop that was for all."""
+        return (1.5 if self.half_body else 1.0) * math.exp(self.log_scale) / self.scale[0]
+
     def draw(self, rng: np.random.Generator) -> Change:
         """The geometric part of a change, at random."""
         mirror = bool(rng.random() < self.mirror)
@@ -269,6 +274,8 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 def half_body_box(keypoints: Array, labelled: Array, skeleton: Skeleton, upper: bool, box: Array) -> Array:
     """Box around the labelled keypoints of one half of the body with a quarter of its longer side around them.
+
+    HRNet does so with more than 8 labelled keypoints only and crops narrower: 1.5 times their extent, not padded again.
 
     Args:
         keypoints: [K, 2]; labelled: bool [K]; upper: which half; box: returned if that half has fewer than 4 labels.

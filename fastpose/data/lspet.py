@@ -18,6 +18,7 @@ import numpy as np
 from fastpose.data.base import (
     KEYPOINT_MARGIN,
     MISSING,
+    NO_SIZE,
     UNREADABLE,
     Array,
     PoseData,
@@ -72,6 +73,9 @@ def people_of_images(files: tuple[Path, ...], keypoints: Array, labelled: Array)
     if not good:
         raise FileNotFoundError(f"none of the {len(files)} images can be read, e.g. {files[0]}")
     boxes = boxes_of_keypoints(keypoints, labelled, KEYPOINT_MARGIN, sizes)
+    for i in [i for i in good if not np.ptp(keypoints[i][labelled[i]], axis=0).any()]:
+        report.add(NO_SIZE, files[i].name)
+        good.remove(i)
     return PoseData(LSP14, files, keypoints, labelled, boxes, report=report).take(np.array(good))
 
 

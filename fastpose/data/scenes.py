@@ -85,17 +85,20 @@ class SceneStore(DecodedStore[Scene]):
     def _load(self, i: int) -> Scene:
         data, rows = self.data, self.rows[self.files[i]]
         image = data.read(rows[0])
-        ignored = np.zeros((0, 4))
+        keypoints, labelled, ignored = data.keypoints[rows], data.labelled[rows], np.zeros((0, 4))
         if data.annotated is not None and data.image_index is not None:
             people = data.annotated.people
-            at = (people.image == data.image_index[rows[0]]) & (people.ignored | ~people.visible.any(1))
-            x, y, width, height = people.boxes[at].T
+            here = people.image == data.image_index[rows[0]]
+            unknown = people.ignored | ~people.visible.any(1)
+            # also those who are not among the people to estimate, for want of a box on the image
+            keypoints, labelled = people.keypoints[here & ~unknown], people.visible[here & ~unknown]
+            x, y, width, height = people.boxes[here & unknown].T
             ignored = np.stack([x, y, x + width, y + height], axis=1)
         image, ratio = reduce(image, 1.5 * self.side / min(image.shape[:2]))
         return Scene(
             np.ascontiguousarray(image),
-            ((data.keypoints[rows] + 0.5) * ratio - 0.5).astype(np.float32),
-            data.labelled[rows],
+            ((keypoints + 0.5) * ratio - 0.5).astype(np.float32),
+            labelled,
             ((ignored + 0.5) * np.tile(ratio, 2) - 0.5).astype(np.float32),
         )
 

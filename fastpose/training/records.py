@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
@@ -14,14 +15,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 
 import fastpose
+from fastpose.checkpoints import DEFAULT_WEIGHTS, resolve_weights
+from fastpose.config import from_dict
 from fastpose.data import PoseData
+from fastpose.distributed import rank
 from fastpose.files import write_atomically, write_json
 from fastpose.training.settings import TrainConfig
 
-# settings that change the speed, not the outcome
+# settings that change the speed, and the outcome by rounding at most
 FREE = ("data", "output", "memory", "workers", "threads", "device", "compile", "tensorboard")
 
 
@@ -74,21 +80,47 @@ def write_config(config: TrainConfig, device: torch.device, processes: int, path
         "command": sys.argv,
         "device": {"type": device.type, "name": name, "processes": processes, "threads": torch.get_num_threads()},
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("FASTPOSE_", "OMP_"))},
-        "versions": {"fastpose": fastpose.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "fastpose": fastpose.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "opencv": cv2.__version__,
+        },
+        # names stand for the weights of a version
+        "sha256": {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in _weights_files(config).items()},
     }
     write_json(path, content)
 
 
-def check_config(config: TrainConfig, path: Path) -> None:
-    """Raise ValueError if `config` would not go on with the run that wrote `path`."""
+def _weights_files(config: TrainConfig) -> dict[str, Path]:
+    files = {"init": resolve_weights(config.init, config.model)} if config.init else {}
+    if config.teacher in DEFAULT_WEIGHTS:
+        files["teacher"] = resolve_weights("default", config.teacher)
+    elif config.teacher:
+        files["teacher"] = Path(config.teacher)
+    return files
+
+
+def check_config(config: TrainConfig, path: Path, processes: int) -> None:
+    """Raise ValueError if `config` would not go on with the run that wrote `path`; tell if `processes` differ."""
     if not path.is_file():
         return
-    before = json.loads(path.read_text())["config"]
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    content = json.loads(path.read_text())
+    before, now = (
+        json.loads(json.dumps(dataclasses.asdict(c))) for c in (from_dict(TrainConfig, content["config"], ""), config)
+    )
     changed = [k for k in now if k in before and k not in FREE and now[k] != before[k]]
     if changed:
         what = "; ".join(f"{k} was {before[k]!r} and is {now[k]!r}" for k in changed[:3])
         raise ValueError(f"{path.parent} cannot be resumed with other settings: {what}")
+    began = content.get("device", {}).get("processes", processes)
+    if began != processes and rank() == 0:
+        print(
+            f"fastpose: the run began with {began} processes and goes on with {processes}: batch norm sees other parts "
+            "of the batches, and the outcome is not that of a run left alone",
+            file=sys.stderr,
+        )
 
 
 def report_data(path: Path, **parts: PoseData) -> None:
@@ -99,6 +131,19 @@ def report_data(path: Path, **parts: PoseData) -> None:
         if data.report.wrong:
             print(f"fastpose: in the {name} data:\n{data.report.to_text(wrong_only=True)}", file=sys.stderr)
     write_json(path, content)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """States of the generators that networks with random parts draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go on with the numbers of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def save_state(path: Path, **state: Any) -> None:

@@ -47,7 +47,9 @@ def open_store(config: TrainConfig, data: PoseData, quiet: bool = True) -> Store
     memory = config.memory * 2**30
     if config.bottom_up and not config.mosaic:
         return SceneStore(data, max(min(s.size) for s in config.stages), memory, quiet)
-    return CropStore(data, config.padding, max(max(s.size) for s in config.stages), memory, quiet)
+    side = max(max(s.size) for s in config.stages)
+    # the cells of mosaics are smaller than the input
+    return CropStore(data, config.padding, side if config.mosaic else round(side * config.augment.zoom), memory, quiet)
 
 
 def make_dataset(config: TrainConfig, store: Store, stage: Stage, seed: int) -> Dataset[Any]:
