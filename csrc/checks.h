@@ -64,6 +64,9 @@ inline std::pair<int64_t, int64_t> check_dw_upsample(const Tensor& x, const Tens
                  stride, "), got ", output_padding);
   FASTPOSE_CHECK(x.size(2) > 0 && x.size(3) > 0, op, ": x must have at least one pixel, got ", shape(x));
   const int64_t k = weight.size(2);
+  FASTPOSE_CHECK(std::max({stride, padding, k, x.size(2), x.size(3)}) < 1 << 30, op,
+                 ": stride, padding, kernel and image must be less than 2^30 large, got ", stride, ", ", padding, ", ",
+                 k, " and ", shape(x));
   const int64_t height = (x.size(2) - 1) * stride - 2 * padding + k + output_padding;
   const int64_t width = (x.size(3) - 1) * stride - 2 * padding + k + output_padding;
   FASTPOSE_CHECK(height > 0 && width > 0, op, ": the output would be empty, ", height, " x ", width, ", for x ",

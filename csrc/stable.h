@@ -12,10 +12,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 
 namespace fastpose {
@@ -99,12 +102,27 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, bool channels_last, co
   return Tensor(handle);
 }
 
-// Runs f(begin, end) over [0, n) on torch's own threads; at least `grain` items per call. f must not throw.
+// Runs f(begin, end) over [0, n) on torch's own threads; at least `grain` items per call. What f throws must not reach
+// torch's loop: the first message is thrown again when all are done.
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
+  struct Call {
+    const F& f;
+    std::atomic<bool> failed{false};
+    std::string message;
+  } call{f};
   torch_parallel_for(
-      0, n, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
-      const_cast<F*>(&f));
+      0, n, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        Call& c = *static_cast<Call*>(context);
+        try {
+          c.f(begin, end);
+        } catch (const std::exception& error) {
+          if (!c.failed.exchange(true)) c.message = error.what();
+        }
+      },
+      &call);
+  if (call.failed) throw std::runtime_error(call.message);
 }
 
 inline std::string shape(const Tensor& t) {

@@ -176,7 +176,7 @@ def group_people_reference(
         for person, kp in np.argwhere(cells < 0):
             with np.errstate(over="ignore", invalid="ignore"):
                 distance = np.sqrt(((flat_tags[:, kp] - means[person][:, None]) ** 2).sum(0))
-                fit = np.nan_to_num(values[kp] - np.round(distance), nan=-np.inf)
+                fit = np.nan_to_num(values[kp] - np.round(distance), nan=-np.inf, neginf=-np.inf)
             best = int(np.argmax(fit))
             if values[kp, best] > 0 and fit[best] > -np.inf:
                 cells[person, kp] = best

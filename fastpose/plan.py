@@ -232,8 +232,8 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
     Raises:
         RuntimeError: the compiled operators are not available.
         ValueError: an unknown precision; parameters that are not float32.
-        NotOptimizable: an operation is not understood; the message names it. Or the result for the example, which is
-            computed once, is not that of `model`.
+        NotOptimizable: an operation is not understood; the message names it. Or the results for two examples of
+            different sizes, which are computed once, are not those of `model`.
     """
     if any(p.is_cuda for p in model.parameters()):
         return Graphed(model, size, precision)
@@ -261,24 +261,37 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
                 )
             kind = OptimizedPair if len(returned) == 2 else OptimizedSingle
         exported = torch.export.export(reference, (example,))
-    optimized = kind(*_Lowering(exported, type(model).__name__, multiple, precision).lower())
-    _compare(optimized, example, returned, precision)
+    name = type(model).__name__
+    try:
+        lowered = _Lowering(exported, name, multiple, precision).lower()
+    except NotOptimizable:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # a form of an operation nobody thought of
+        raise NotOptimizable(f"{name}: {type(error).__name__} while its operations were read: {error}") from error
+    optimized = kind(*lowered)
+    # Of another size too, where what was taken from the example, like the size of a pooling, is wrong.
+    larger = torch.randn(2, 3, height + multiple, width + 2 * multiple, generator=torch.Generator().manual_seed(1))
+    for images in (example, larger):
+        _compare(optimized, reference, images, precision)
     return optimized
 
 
-def _compare(optimized: Optimized, example: Tensor, expected: Any, precision: str) -> None:
-    """Run it once: what a pattern has overlooked is to be found here and not by wrong keypoints."""
+def _compare(optimized: Optimized, reference: nn.Module, images: Tensor, precision: str) -> None:
+    """Run both: what a pattern has overlooked is to be found here and not by wrong keypoints."""
     with torch.no_grad():
         try:
-            found = optimized(example)
+            expected = reference(images.clone())
+        except Exception:
+            return  # not a size that the network takes
+        try:
+            found = optimized(images)
         except (RuntimeError, ValueError) as error:
             raise NotOptimizable(f"{optimized.name}: {error}") from None
     pairs = [(found, expected)] if isinstance(expected, Tensor) else list(zip(found, expected, strict=True))
     for ours, theirs in pairs:
-        if ours.shape != theirs.shape:
-            raise NotOptimizable(
-                f"{optimized.name}: the result would be {list(ours.shape)}, the network's is {list(theirs.shape)}"
-            )
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            results = (f"{t.dtype} {list(t.shape)}" for t in (ours, theirs))
+            raise NotOptimizable("{}: the result would be {}, the network's is {}".format(optimized.name, *results))
         largest, off = (float(t.abs().max()) for t in (theirs, ours - theirs))
         # rounding is orders of magnitude below this; in 16 or 8 bits there is no bound that holds for any network
         if precision == "float32" and math.isfinite(largest) and not off <= 0.01 * largest:
@@ -477,7 +490,11 @@ class _Lowering:
         last = node
         norm = self.follower(node, (aten.batch_norm.default,))
         if norm is not None:
-            gamma, beta, mean, var = (self.tensors[a.name].double() for a in norm.args[1:5])
+            mean, var = (self.tensors[a.name].double() for a in norm.args[3:5])
+            gamma, beta = (
+                torch.full_like(mean, without) if a is None else self.tensors[a.name].double()
+                for a, without in zip(norm.args[1:3], (1.0, 0.0), strict=True)
+            )
             mean = mean if bias is None else mean - bias
             weight, bias = fold_batch_norm(weight, gamma, beta, mean, var, norm.args[7])
             self.claimed.add(norm)
@@ -514,7 +531,7 @@ class _Lowering:
         shape = x.meta["val"].shape
         keep = (len(node.args) > 2 and node.args[2]) or sorted(dims) == [2, 3]
         everything = sorted(dims) == [2, 3] or (dims == [3] and shape[2] == 1) or (dims == [2] and shape[3] == 1)
-        if not keep or not (everything or dims == [1]):
+        if not keep or not (everything or dims == [1]) or node.kwargs:
             raise NotOptimizable(f"{self.name}: {node.target} over {dims} of {list(shape)}, keepdim {keep}, is unknown")
         if dims == [1] and all(u.target is aten.cat.default for u in node.users):
             self.over_channels[node] = x  # taken by the concatenation of mean and maximum
@@ -667,12 +684,14 @@ class _Lowering:
 
     def add(self, node: Node) -> None:
         a, b = node.args[:2]
-        if isinstance(a, fx.Node) and isinstance(b, (int, float)):
+        if len(node.args) != 2 or node.kwargs:  # alpha
+            pass
+        elif isinstance(a, fx.Node) and isinstance(b, (int, float)):
             # a number added to a gate: left to the products that use it
             if all(u.target in MULTIPLICATIONS for u in node.users) and node.meta["val"].shape[2:] == (1, 1):
                 self.plus[node] = (a, float(b))
                 return
-        elif isinstance(a, fx.Node) and isinstance(b, fx.Node) and len(node.args) == 2 and not node.kwargs:
+        elif isinstance(a, fx.Node) and isinstance(b, fx.Node):
             if a.meta["val"].shape == b.meta["val"].shape:
                 step = _Step(ADD, node, node, a, other=b)
                 if b not in self.enlarged:

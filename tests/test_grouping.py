@@ -157,6 +157,10 @@ def test_maps_without_sense(backend):
         found, _ = group_people(np.full((K, 8, 9), value), np.zeros((1, K, 8, 9)))
         assert len(found) == 0
     assert len(group_people(np.ones((K, 8, 9)), np.full((1, K, 8, 9), np.nan))[0]) == 0
+    # a tag at infinity is nobody's
+    values, tags = np.array([0.125, 0.875]).reshape(2, 1, 1), np.array([-1739.0, np.inf]).reshape(1, 2, 1, 1)
+    found, _ = group_people(values, tags, refine=True)
+    assert (found[..., 2] > 0).sum() == 1
     for size in ((1, 1), (1, 7), (0, 5)):
         found, _ = group_people(np.ones((2, *size)), np.zeros((2, 2, *size)), max_people=3)
         assert len(found) == min(1, size[0] * size[1]) and np.isfinite(found).all()

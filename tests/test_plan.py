@@ -41,7 +41,7 @@ def compare(module: nn.Module, *shapes: tuple[int, ...], size: tuple[int, int] =
     """Optimise `module` and compare with it in float64 on random images of the given shapes."""
     module.float().input_multiple = 1
     for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm2d) and m.affine:
             nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.normal_(m.bias, std=0.3)
             m.running_mean.normal_(std=0.3)
@@ -654,6 +654,79 @@ def test_what_is_not_understood_is_named():
             optimize(module, (8, 8))
 
 
+def test_too_large_images_are_an_error():
+    fast = optimize(build("mobileposenet", num_keypoints=2))
+    for side in (2**21, 2**24):
+        with pytest.raises((RuntimeError, ValueError), match="out of memory|too large|could not allocate"):
+            fast(torch.zeros(1, 3, 1, 1).expand(1, 3, side, side))
+    assert fast(torch.zeros(1, 3, 64, 64)).isfinite().all()
+
+
+def test_sums_of_many_numbers():
+    """A constant above noise, as beside a letterboxed image: rounding must not grow with the number of pixels."""
+
+    class Means(nn.Module):
+        def forward(self, x):
+            y = F.relu(self.first(x))
+            return y.mean((2, 3), keepdim=True) + y.mean((2, 3), keepdim=True)
+
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 16, 1)
+
+    net = Multiple(Means(), 32)
+    fast, x = optimize(net), torch.randn(1, 3, 1024, 1024)
+    x[:, :, 512:] = -2.1179
+    with torch.no_grad():
+        got, expected = fast(x), net.double()(x.double())
+    assert float(((got - expected) / expected.abs().clamp(min=0.1)).abs().max()) < 1e-4
+
+
+class PooledBySize(nn.Module):
+    """The size of the pooling is that of the example's map."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x * torch.sigmoid(self.gate(F.avg_pool2d(x, x.shape[2:])))
+
+
+class Turned(nn.Conv2d):
+    """Of one pixel a map turned is the same."""
+
+    def forward(self, x):
+        return super().forward(x).transpose(2, 3)
+
+
+class Wider(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).mean((2, 3), keepdim=True, dtype=torch.float64)
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        x = super().forward(x)
+        return x * torch.add(x.mean((2, 3), keepdim=True), 0.001, alpha=5.0)
+
+
+class Flat(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).sum(dim=None, keepdim=True)
+
+
+def test_forms_that_one_example_does_not_tell_apart():
+    for module in (PooledBySize(), Turned(3, 4, 64, 64), Wider(3, 4, 1), Scaled(3, 4, 1), Flat(3, 4, 1)):
+        with pytest.raises(NotOptimizable, match=f"{type(module).__name__}: "):
+            optimize(module.eval())
+
+
+def test_batch_norm_without_weights():
+    compare(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False)), (2, 3, 8, 9))
+
+
 def test_errors_of_a_pattern_are_found_when_a_network_is_prepared(monkeypatch):
     wrong = {**plan.ACTIVATIONS, torch.ops.aten.relu.default: plan.ACTIVATIONS[torch.ops.aten.silu.default]}
     monkeypatch.setattr(plan, "ACTIVATIONS", wrong)
@@ -708,14 +781,17 @@ def test_damaged_programs_are_refused(name):
     generator = torch.Generator().manual_seed(0)
     refused = 0
     for at in torch.randperm(len(fast.program), generator=generator)[:150].tolist():
-        for value in (-7, 3, 10**6, 2**62):
+        for value in (-7, 3, 10**6, 2**62, 2**63 - 16, 2**63 - 1):
             program = fast.program.clone()
             program[at] = value
             try:
                 run_plan(x, program, fast.weights, fast.outputs)
             except (ValueError, MemoryError):
                 refused += 1
-    assert refused > 250
+    assert refused > 500
+    for _ in range(2):  # also when it is what was left of a failure
+        with pytest.raises(ValueError, match="run_plan: program of version"):
+            run_plan(x, torch.empty(0, dtype=torch.int64), torch.empty(0), [1, 1, 1])
     with pytest.raises(ValueError, match="program of version 99"):
         run_plan(x, torch.cat([torch.tensor([99]), fast.program[1:]]), fast.weights, fast.outputs)
     with pytest.raises(ValueError, match="program is damaged"):

@@ -170,7 +170,9 @@ struct OksNmsLevel {
     } else {
       parallel_nms(g, o, row, extra);
     }
-    for (int64_t j = 0; j < g.valid; ++j) g.result[j] = g.score[j] * g.decay[j];
+    // an infinite score times 0 would be NaN
+    const bool hard = o.method == NmsMethod::kHard;
+    for (int64_t j = 0; j < g.valid; ++j) g.result[j] = hard && g.decay[j] == A(0) ? A(0) : g.score[j] * g.decay[j];
   }
 };
 

@@ -171,8 +171,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       }
     }
     if (needed > 0) {
-      ok = ok && s.weight >= 0 && s.weight + needed <= weights.size(0) && s.bias >= 0 &&
-           s.bias + (s.op == PlanOp::kConvInt8 ? 3 : 1) * out_stride <= weights.size(0);
+      ok = ok && s.weight >= 0 && s.weight <= weights.size(0) - needed && s.bias >= 0 &&
+           s.bias <= weights.size(0) - (s.op == PlanOp::kConvInt8 ? 3 : 1) * out_stride;
     }
     const auto has = [&](int64_t m, int64_t channels) {
       return m < 0 || plan.channels[static_cast<size_t>(m)] == channels;
@@ -228,6 +228,12 @@ std::vector<char> narrow_maps(const Plan& plan) {
   return narrow;
 }
 
+// So that no size overflows; memory ends long before.
+void check_product(int64_t a, int64_t b, int64_t c) {
+  const double product = static_cast<double>(a) * static_cast<double>(b) * static_cast<double>(c);
+  FASTPOSE_CHECK(product < 0x1p44, "run_plan: a map of ", product, " numbers is too large");
+}
+
 // Sizes of all maps for input images of height x width, and their places: a map takes the first gap that is free from
 // the first step that writes to it to the last that reads it.
 Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
@@ -253,8 +259,9 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
   };
   std::vector<Used> used;  // sorted by begin
   const auto place = [&](int64_t m) {
-    const int64_t size =
-        ceil_div(l.maps[static_cast<size_t>(m)].pixels() * l.maps[static_cast<size_t>(m)].stride, 16) * 16;
+    const PlanMap& map = l.maps[static_cast<size_t>(m)];
+    check_product(map.height, map.width, map.stride);
+    const int64_t size = ceil_div(map.pixels() * map.stride, 16) * 16;
     int64_t begin = 0;
     size_t at = 0;
     for (; at < used.size() && used[at].begin - begin < size; ++at) begin = used[at].end;
@@ -285,6 +292,7 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
         l.gather = std::max(l.gather, kMostRows * s.kernel * s.kernel * in.channels);
         const int64_t line = in.width + 2 * s.padding + kPad;  // of a plane, see conv_to_one
         if (to_one(s, in.channels, out.channels)) {
+          check_product(in.channels, out.height + s.kernel, line);
           l.gather = std::max(l.gather, in.channels * (out.height + s.kernel) * line);
         }
       }
@@ -397,7 +405,7 @@ const Prepared& prepare(const Tensor& program, const Tensor& weights, int64_t he
   thread_local Prepared last;
   const bool flat = program.scalar_type() == ScalarType::Long && program.dim() == 1 && program.is_contiguous();
   const size_t bytes = flat ? static_cast<size_t>(program.size(0)) * sizeof(int64_t) : 0;
-  const bool same = flat && weights.dim() == 1 && weights.scalar_type() == ScalarType::Float &&
+  const bool same = flat && !last.program.empty() && weights.dim() == 1 && weights.scalar_type() == ScalarType::Float &&
                     weights.is_contiguous() && last.weights == weights.size(0) &&
                     last.program.size() * sizeof(int64_t) == bytes &&
                     std::memcmp(last.program.data(), program.const_data_ptr(), bytes) == 0;

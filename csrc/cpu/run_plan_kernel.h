@@ -786,6 +786,9 @@ void upsample(const PlanTask& t, int64_t tile) {
   }
 }
 
+// Numbers that are summed up before they are added to the total: the rounding of a sum grows with its length.
+constexpr int64_t kSummed = 256;
+
 // kMean, kSum, kMax and kMeanMax over all pixels: four running values each, since one would wait for itself.
 // With both the sums end where the maxima begin.
 template <bool kSum, bool kMaximum>
@@ -802,15 +805,23 @@ void reduce(const PlanTask& t, int64_t tile, float factor) {
       if (kSum) sum[i] += x;
       if (kMaximum) most[i] = larger(most[i], x);
     };
+    V total{};
     int64_t p = 0;
-    for (; p + 4 <= pixels; p += 4) {
+    for (int64_t end = 0; end < pixels;) {
+      end = std::min(end + kSummed, pixels);
+      for (; p + 4 <= end; p += 4) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) take(i, p + i);
+        for (int i = 0; i < 4; ++i) take(i, p + i);
+      }
+      for (; p < end; ++p) take(0, p);
+      if (kSum) {
+        total += sum[0] + sum[1] + sum[2] + sum[3];
+        for (V& part : sum) part = V{};
+      }
     }
-    for (; p < pixels; ++p) take(0, p);
     const int64_t first = kSum && kMaximum ? all : 0;  // channel of the first maximum
     if (kSum) {
-      const V y = (sum[0] + sum[1] + sum[2] + sum[3]) * factor;
+      const V y = total * factor;
       put(t.out.data + c, apply(y, t.step->act), (first > 0 ? all : t.out.room) - c);
     }
     if (kMaximum) {
@@ -823,14 +834,19 @@ void reduce(const PlanTask& t, int64_t tile, float factor) {
 // The sum of value(0) ... value(count - 1): four running ones, since one would wait for itself.
 template <class F>
 FASTPOSE_INLINE V sum_over(int64_t count, const F& value) {
-  V sum[4]{};
+  V total{};
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
+  for (int64_t end = 0; end < count;) {
+    end = std::min(end + kSummed, count);
+    V sum[4]{};
+    for (; i + 4 <= end; i += 4) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[j] += value(i + j);
+      for (int j = 0; j < 4; ++j) sum[j] += value(i + j);
+    }
+    for (; i < end; ++i) sum[0] += value(i);
+    total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
-  for (; i < count; ++i) sum[0] += value(i);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  return total;
 }
 
 // kMeanOfRows: a pixel per row.

@@ -1,5 +1,6 @@
-#include <cstdio>
 #include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/depthwise.h"
 
@@ -19,13 +20,13 @@ void* scratch_bytes(int slot, size_t bytes) {
   Buffer& buffer = buffers[slot];
   if (bytes > buffer.bytes) {
     std::free(buffer.data);
-    buffer.bytes = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(64, buffer.bytes);
+    buffer.bytes = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(64, rounded);
     if (buffer.data == nullptr) {
-      // Tasks run inside torch's parallel loop, where an exception could not be reported.
-      std::fputs("fastpose: out of memory\n", stderr);
-      std::abort();
+      throw std::runtime_error("fastpose: out of memory, " + std::to_string(rounded) + " bytes of scratch were needed");
     }
+    buffer.bytes = rounded;
   }
   return buffer.data;
 }

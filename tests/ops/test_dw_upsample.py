@@ -215,5 +215,7 @@ def test_bad_arguments_name_the_problem():
     if _backend.LOADED:
         with pytest.raises(ValueError, match="the output would be empty"):
             dw_upsample(x[:, :, :1, :1], weight, None, "none", 1, 4)
+        with pytest.raises(ValueError, match=r"must be less than 2\^30 large, got 288230376151711745"):
+            dw_upsample(torch.zeros(1, 4, 65, 65), weight, None, "none", 2**58 + 1, 1)
         with pytest.raises(ValueError, match="weight must have the dtype of x, float32, got float64"):
             dw_upsample(x, weight.double())

@@ -235,6 +235,10 @@ def test_odd_inputs_are_defined(method, decay, fn, device):
     assert new[4] == 0.3 and keep[4] and new[5] == 0.2 and keep[5]
     if decay == "linear":  # exact duplicates: OKS 1 although all areas count as 0
         assert new[1] == 0 and not keep[1] and new[3] == 0 and not keep[3]
+    if method == "hard":
+        for pair in ([inf, inf], [1.0, -inf]):
+            new, _ = fn(*inputs[:2], f64([*pair, 0.0, 0.0, 0.0, 0.0]).to(device), *inputs[3:], method=method)
+            assert new[0] == pair[0] and new[1] == 0  # not inf times 0
 
 
 @pytest.mark.parametrize("method", ["hard", "soft", "parallel"])
