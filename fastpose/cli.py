@@ -363,6 +363,7 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     from fastpose.distributed import rank
     from fastpose.evaluate import Evaluation, evaluate, to_text
     from fastpose.files import write_json
+    from fastpose.models import is_bottom_up
     from fastpose.pipeline import PoseEstimator
 
     more: dict[str, Any] = {"metric": options.metric}
@@ -407,6 +408,8 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     if rank() > 0:  # every process has the result, one is enough to tell
         return code
     print(to_text(result.score))
+    if result.score.metric == "AP" and not options.predictions and not is_bottom_up(estimator.model_name):
+        print(f"boxes: {options.boxes or 'annotated'}")
     if options.results:
         result.write_results(options.results)
     if options.json:

@@ -88,10 +88,11 @@ def crop_matrix(
 def whole_image_matrix(image_size: tuple[int, int], side: int, multiple: int = 64) -> tuple[Array, tuple[int, int]]:
     """Affine map from an image to the input of a bottom-up network, and that input's size; as in HigherHRNet.
 
-    The image's shorter side becomes `side` pixels, its longer side is scaled alike, filled up with black on both ends
-    to a multiple of `multiple`. The middle of the image, rounded to a pixel, comes to lie at half the input's size (the
-    ``"hrnet"`` convention above). Images more than four times as long as they are wide, which HigherHRNet has no limit
-    for, are scaled to an input of 4 x `side` instead, and filled up across.
+    The image's shorter side becomes `side` pixels (HigherHRNet rounds that up to a multiple of 64: 480 to 512), its
+    longer side is scaled alike, filled up with black on both ends to a multiple of `multiple`. The middle of the image,
+    rounded to a pixel, comes to lie at half the input's size (the ``"hrnet"`` convention above). Images more than four
+    times as long as they are wide, which HigherHRNet has no limit for, are scaled to an input of 4 x `side` instead,
+    and filled up across.
 
     Args:
         image_size: (height, width); multiple: of the longer side, a divisor of 4 x `side`.

@@ -79,13 +79,15 @@ def score_poses(
 
     For AP poses are rescored and suppressed as top-down methods do (B. Xiao et al., "Simple Baselines for Human Pose
     Estimation and Tracking", ECCV 2018; K. Sun et al., HRNet, CVPR 2019): the score is the box's times the mean of the
-    keypoint scores above `keypoint_threshold`; duplicates fall to OKS-NMS, in which every keypoint counts.
+    keypoint scores above `keypoint_threshold`; duplicates fall to OKS-NMS, in which every keypoint counts and the area
+    is `crop_areas`. Parallel OKS-NMS follows its paper instead (S. Niu et al. 2021, Section 3.3): only keypoints above
+    the threshold count, and the area is the box's.
 
     Args:
         keypoints: [N, K, 2] pixels; keypoint_scores: [N, K].
         nms, nms_threshold: method and threshold of `fastpose.ops.oks_nms`, or "none". "soft" decays linearly and the
             decayed scores count; mmpose's ``soft_oks_nms`` decays by a Gaussian and keeps the scores as they were.
-        crop_areas: [N] square pixels, the a of the OKS in NMS; HRNet takes the crop's. Default: the box's.
+        crop_areas: [N] square pixels, the area of the OKS in NMS; HRNet takes the crop's. Default: the box's.
         evaluator: "fastpose", or "pycocotools" to let that compute AP.
 
     Raises:
@@ -104,7 +106,8 @@ def score_poses(
     keep = np.ones(n, bool)
     if nms != "none":
         sides = (data.boxes[:, 2:] - data.boxes[:, :2]).astype(np.float64)
-        areas = sides.prod(1) if crop_areas is None else crop_areas
+        parallel = nms == "parallel"
+        areas = sides.prod(1) if crop_areas is None or parallel else crop_areas
         scores, kept = oks_nms(
             points,
             point_scores,
@@ -114,7 +117,7 @@ def score_poses(
             image_index=torch.from_numpy(data.image_index),
             method=nms,
             threshold=nms_threshold,
-            keypoint_threshold=-1.0,
+            keypoint_threshold=keypoint_threshold if parallel else -1.0,
         )
         keep = kept.numpy()
     index, found = data.image_index[keep], keypoints[keep]

@@ -210,6 +210,12 @@ def _check_output(config: TrainConfig, output: Path, resume: bool) -> None:
 def _create_model(config: TrainConfig, skeleton: Skeleton) -> nn.Module:
     k = skeleton.num_keypoints
     model = create_model(config.model, num_keypoints=k, **config.options)
+    if config.initialization == "hrnet":
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.normal_(layer.weight, std=0.001)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
     if config.init:
         path = resolve_weights(config.init, config.model)
         left = load_pretrained(model, config.model, k, path)

@@ -103,6 +103,25 @@ def test_rescoring_and_nms_as_in_the_papers(tmp_path):
         score_poses(data, data.keypoints, keypoint_scores, evaluator="mine")
 
 
+def test_parallel_nms_follows_its_paper(tmp_path):
+    """The OKS takes keypoints above the threshold only and the area of the box, where that of hard NMS takes all."""
+    datasets.write_standard_coco(tmp_path)
+    twice = load_dataset("coco", tmp_path, "val").take(np.array([0, 0]))
+    keypoints, seen = twice.keypoints.copy(), np.full((2, 17), 0.9)
+    seen[1] = 0.8
+    keypoints[1] += 2.0
+    keypoints[1, 5:] += 500.0  # elsewhere, but nobody is sure of it
+    seen[:, 5:] = 0.15
+    settings = {"nms": "parallel", "crop_areas": np.full(2, 1e9)}
+    score = score_poses(twice, keypoints, seen, keypoint_threshold=0.2, **settings)
+    area = float((twice.boxes[0, 2:] - twice.boxes[0, :2]).prod())
+    oks = np.exp(-8 / (2 * (2 * np.array(COCO17.sigmas[:5])) ** 2 * area)).mean()
+    assert [entry["score"] for entry in score.results] == pytest.approx([0.9, 0.8 * (1 - oks)], rel=1e-5)
+    score = score_poses(twice, keypoints, seen, keypoint_threshold=0.1, **settings)
+    kept = seen[1].mean() * (1 - oks * 5 / 17)
+    assert score.results[1]["score"] == pytest.approx(kept, rel=1e-5)
+
+
 def test_missed_people_and_distances(tmp_path):
     """Nobody found on the first image: quality 0 and no match for its people; the others' similarity by hand."""
     datasets.write_standard_coco(tmp_path)

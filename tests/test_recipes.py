@@ -19,13 +19,14 @@ from tests import datasets
 
 FOLDER = Path(str(resources.files("fastpose.recipes")))
 NAMES = sorted(p.stem for p in FOLDER.glob("*.toml"))
-# recipe -> size, epochs, batch, rate, epochs of the steps, rotation, scale, shift, half body
+# recipe -> size, epochs, batch, rate, epochs of the steps, rotation, scale, shift, half body, how these are drawn,
+# weight decay, initialization
 PAPERS = {
-    "hr_litenet_mpii": ((256, 256), 210, 32, 1e-3, (170, 200), 30, (0.75, 1.25), 0, 0),
-    "le_hrnet_coco": ((256, 192), 230, 32, 1e-3, (170, 210), 45, (1, 1), 0, 0),
-    "lightweight_hrnet_coco": ((448, 448), 300, 24, 1e-3, (200, 260), 30, (0.75, 1.5), 0.2, 0),
-    "lite_csw_hrnet_coco": ((256, 192), 210, 256, 2e-3, (170, 200), 30, (0.75, 1.25), 0, 0.3),
-    "mobileposenet_coco": ((256, 192), 210, 32, 1e-3, (170, 200), 45, (0.65, 1.35), 0, 0.3),
+    "hr_litenet_mpii": ((256, 256), 210, 32, 1e-3, (170, 200), 30, (0.75, 1.25), 0, 0, "hrnet", 1e-4, "hrnet"),
+    "le_hrnet_coco": ((256, 192), 230, 32, 1e-3, (170, 210), 45, (1, 1), 0, 0, "hrnet", 0, "hrnet"),
+    "lightweight_hrnet_coco": ((448, 448), 300, 24, 1e-3, (200, 260), 30, (0.75, 1.5), 0.2, 0, "uniform", 0, "hrnet"),
+    "lite_csw_hrnet_coco": ((256, 192), 210, 256, 2e-3, (170, 200), 30, (0.75, 1.25), 0, 0.3, "uniform", 0, "hrnet"),
+    "mobileposenet_coco": ((256, 192), 210, 32, 1e-3, (170, 200), 45, (0.65, 1.35), 0, 0.3, "uniform", 0, "torch"),
 }
 
 
@@ -40,11 +41,14 @@ def test_every_recipe_is_known_here():
 @pytest.mark.parametrize("name", PAPERS)
 def test_recipes_of_the_papers(name):
     config = read(name)
-    size, epochs, batch, rate, milestones, rotation, scale, shift, half_body = PAPERS[name]
+    size, epochs, batch, rate, milestones, rotation, scale, shift, half_body, law, decay, initialization = PAPERS[name]
     assert config.stages == (Stage(size, epochs, batch),) and config.optimizer == "adam" and config.lr == rate
-    expected = Augmentation(rotation=rotation, scale=scale, shift=shift, mirror=0.5, half_body=half_body)
+    expected = Augmentation(rotation=rotation, scale=scale, shift=shift, mirror=0.5, half_body=half_body, law=law)
     assert config.augment == expected
+    assert (config.weight_decay, config.initialization) == (decay, initialization)
+    assert (config.gamma, config.clip, config.ema) == (0.1, 0.0, 0.0)
     bottom_up = name == "lightweight_hrnet_coco"
+    assert bottom_up or config.padding == 1.25
     assert config.codec == (AssociativeEmbeddingCodec() if bottom_up else MSRAHeatmapCodec())
     schedule = Schedule(config, 10 * batch)
     after = [schedule.factor(10 * epoch) for epoch in (milestones[0] - 1, milestones[0], milestones[1])]

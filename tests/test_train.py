@@ -24,16 +24,17 @@ from torch import nn
 import fastpose
 from fastpose import create_model
 from fastpose.checkpoints import read_info
-from fastpose.codecs import SoftmaxHeatmapCodec, UDPHeatmapCodec
+from fastpose.codecs import DarkHeatmapCodec, MSRAHeatmapCodec, SoftmaxHeatmapCodec, UDPHeatmapCodec
 from fastpose.config import read_config
 from fastpose.data import load_dataset, load_lspet
 from fastpose.data.base import boxes_of_keypoints
 from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches, half_body_box
+from fastpose.geometry import crop_matrix
 from fastpose.metrics import pck, torso_lengths
 from fastpose.skeletons import COCO17, LSP14
-from fastpose.train import Optimizer, Schedule, Stage, TrainConfig, train
+from fastpose.train import Optimizer, Schedule, Stage, TrainConfig, _create_model, train
 from fastpose.training.muon import Muon
-from fastpose.training.samples import check_validation, open_store
+from fastpose.training.samples import check_validation, make_dataset, open_store
 from fastpose.training.teacher import Teacher
 from tests import datasets
 
@@ -113,7 +114,7 @@ def test_stored_people_are_large_enough_for_every_change(lspet, tmp_path):
     data = load_lspet(lspet, "train").take(np.arange(2))
     changes = Augmentation(scale=(0.5, 1.0), log_scale=0.1, half_body=0.3)
     store = open_store(config(lspet, tmp_path / "run", augment=changes, padding=1.0), data)
-    assert math.isclose(changes.zoom, 1.5 * 2 * math.exp(0.1)) and store.side == round(48 * changes.zoom)
+    assert math.isclose(changes.zoom, 1.7 * 2 * math.exp(0.1)) and store.side == round(48 * changes.zoom)
     assert Augmentation().zoom == 1.0
 
 
@@ -618,13 +619,69 @@ def test_pck_by_hand():
     assert per_keypoint[0] == 100 and per_keypoint[1] == 0 and np.isnan(per_keypoint[3])
 
 
-def test_half_body_box_holds_one_half():
+def test_rotation_and_scale_are_drawn_as_in_hrnet():
+    changes = Augmentation(rotation=30.0, scale=(0.75, 1.25), law="hrnet")
+    rng = np.random.default_rng(0)
+    drawn = [changes.draw(rng) for _ in range(4000)]
+    rotation, scale = np.array([c.rotation for c in drawn]), np.array([c.scale for c in drawn])
+    assert abs((rotation == 0).mean() - 0.4) < 0.03 and np.abs(rotation).max() == 60
+    # of a normal distribution 4.6 % lie beyond two standard deviations, 32 % beyond one
+    assert abs((np.abs(rotation) == 60).mean() - 0.6 * 0.0455) < 0.01
+    assert abs((np.abs(rotation) < 30).mean() - (0.4 + 0.6 * 0.683)) < 0.03
+    assert scale.min() == 0.75 and scale.max() == 1.25 and abs((np.abs(scale - 1) == 0.25).mean() - 0.317) < 0.03
+    with pytest.raises(ValueError, match=r"augment.law must be 'uniform' or 'hrnet', got 'normal'"):
+        Augmentation(law="normal")
+
+
+def test_networks_may_begin_as_in_hrnet(lspet, tmp_path):
+    settings = {"initialization": "hrnet", "model": "hr_litenet"}
+    changed = _create_model(config(lspet, tmp_path / "a", **settings), LSP14)
+    for layer in changed.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            assert float(layer.weight.detach().abs().max()) < 0.006 and float(layer.weight.detach().std()) > 0
+            assert layer.bias is None or not layer.bias.any()
+    images = torch.randn(2, 3, 64, 64)
+    usual = _create_model(config(lspet, tmp_path / "b", **{**settings, "initialization": "torch"}), LSP14)
+    with torch.no_grad():
+        assert float(changed(images).std()) < 1 < 10 < float(usual(images).std())
+    with pytest.raises(ValueError, match="initialization must be one of torch, hrnet, got 'xavier'"):
+        config(lspet, tmp_path / "c", initialization="xavier")
+
+
+def test_keypoints_outside_the_crop_are_drawn_by_gaussian_codecs(lspet, tmp_path):
+    """As in HRNet, whose targets show the part of a Gaussian that is on the map."""
+    data = load_lspet(lspet, "train").take(np.arange(4))
+    narrow = Augmentation(scale=(0.4, 0.4))  # of the box, so that many keypoints lie outside
+    for codec, outside in ((MSRAHeatmapCodec(), True), (DarkHeatmapCodec(), True), (SoftmaxHeatmapCodec(), False)):
+        c = config(lspet, tmp_path / "run", augment=narrow, codec=codec)
+        dataset = make_dataset(c, open_store(c, data), c.stages[0], 0)
+        trained = 0
+        for i in range(len(data)):
+            _, points, valid = dataset[i]
+            size = c.stages[0].size
+            inside = ((points > -0.5) & (points < torch.tensor([size[1] - 0.5, size[0] - 0.5]))).all(1)
+            _, weight = codec.encode(points[None], valid[None], (size[0] // 4, size[1] // 4))
+            assert (weight[0][inside & valid] == 1).all()
+            assert outside or not weight[0][~inside].any()
+            far = ((points < -40) | (points > max(size) + 40)).any(1)
+            assert not weight[0][far].any()
+            trained += int(weight[0][~inside].sum())
+        assert (trained > 0) == outside
+
+
+def test_half_body_box_is_that_of_hrnet():
+    """HRNet crops 1.5 times the extent around the mean of the keypoints, and does not pad that again."""
     keypoints = np.stack([np.arange(14.0), 10 * np.arange(14.0)], 1)
+    keypoints[6] = [6, 132]  # so that the mean of the upper half is not the middle of its extent
     labelled = np.ones(14, bool)
     whole = np.array([0.0, 0.0, 1.0, 1.0])
-    lower = half_body_box(keypoints, labelled, LSP14, False, whole)  # keypoints 0 to 5: 50 high, so a margin of 12.5
-    assert np.allclose(lower, [-12.5, -12.5, 17.5, 62.5])
-    upper = half_body_box(keypoints, labelled, LSP14, True, whole)  # 6 to 13
-    assert np.allclose(upper, [6 - 17.5, 60 - 17.5, 13 + 17.5, 130 + 17.5])
-    labelled[:3] = False
-    assert half_body_box(keypoints, labelled, LSP14, False, whole) is whole  # three are too few
+    lower = half_body_box(keypoints, labelled, LSP14, False, whole, 1.25)  # keypoints 0 to 5, (0, 0) to (5, 50)
+    assert np.allclose(lower, [2.5 - 3, 25 - 30, 2.5 + 3, 25 + 30])
+    upper = half_body_box(keypoints, labelled, LSP14, True, whole, 1.5)  # 6 to 13, (6, 70) to (13, 132)
+    assert np.allclose(upper, [9.5 - 3.5, 104 - 31, 9.5 + 3.5, 104 + 31])
+    matrix = crop_matrix(upper, (96, 96), 1.5)  # the height of the crop: 1.5 times 62 pixels
+    assert np.isclose(matrix[1, 1], 96 / 93)
+    labelled[:4] = False  # two of the lower half are too few: the other one is taken
+    assert np.array_equal(half_body_box(keypoints, labelled, LSP14, False, whole, 1.5), upper)
+    labelled[4:6] = False  # eight labels in all are too few
+    assert half_body_box(keypoints, labelled, LSP14, True, whole, 1.5) is whole

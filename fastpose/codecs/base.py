@@ -37,6 +37,8 @@ class HeatmapCodec(ABC):
         convention: the crop that the codec was made for, see `fastpose.geometry.crop_matrix`. It says which pixels of
             the image the crop shows; where in the crop a heatmap cell lies is the codec's own affair. So a network
             may be run with another convention: its keypoints then move by the resampling of the crop only.
+        draws_outside: whether keypoints outside the crop are trained too, by the part of their Gaussian that is on the
+            map, as in the original code.
         flip_shift: columns by which the heatmaps of the mirrored crop, mirrored back, are moved right before they are
             averaged with those of the crop; columns at the left stay. 1 for `MSRAHeatmapCodec` and `DarkHeatmapCodec`,
             whose cells are not symmetric, as in the original code (SHIFT_HEATMAP); otherwise 0.
@@ -44,6 +46,7 @@ class HeatmapCodec(ABC):
     """
 
     convention: ClassVar[str] = "fastpose"
+    draws_outside: ClassVar[bool] = False
 
     stride: int = 4
     flip_shift: int = field(default=0, kw_only=True)

@@ -36,6 +36,7 @@ class DarkHeatmapCodec(GaussianCodec):
     """
 
     convention: ClassVar[str] = "hrnet"
+    draws_outside: ClassVar[bool] = True
 
     kernel: int = 11
     flip_shift: int = field(default=1, kw_only=True)

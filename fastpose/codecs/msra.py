@@ -32,6 +32,7 @@ class MSRAHeatmapCodec(GaussianCodec):
     """
 
     convention: ClassVar[str] = "hrnet"
+    draws_outside: ClassVar[bool] = True
 
     edges: str = "hrnet"
     flip_shift: int = field(default=1, kw_only=True)

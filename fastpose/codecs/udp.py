@@ -33,6 +33,7 @@ class UDPHeatmapCodec(GaussianCodec):
     """
 
     convention: ClassVar[str] = "udp"
+    draws_outside: ClassVar[bool] = True
 
     kernel: int = 11
     type: str = field(default="udp", init=False)

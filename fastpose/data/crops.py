@@ -35,7 +35,12 @@ class Augmentation:
             these two. A person gets smaller in a larger crop.
         shift: displacement of the crop in x and y, uniform in +- this fraction of its width.
         mirror: probability of exchanging left and right.
-        half_body: probability of cropping around the keypoints above or below the waist only; not for whole images.
+        law: ``"uniform"``: rotation and scale are drawn as said; ``"hrnet"``: as in HRNet's code, where their ranges
+            are those of normal distributions: in six cases of ten the rotation has the standard deviation `rotation`
+            and is clipped at twice that, else it is 0; the standard deviation of the scale, around the middle of
+            `scale`, is half that range, at whose ends it is clipped.
+        half_body: probability of cropping around the keypoints above or below the waist only, of people with more than
+            8 labelled keypoints; not for whole images.
         contrast: factor uniform in exp(+- this); gain: standard deviation of a factor per colour channel;
         brightness: uniform +- this, in grey levels; grey: probability of removing colour.
         erase: probability of covering one random rectangle with one random colour.
@@ -54,6 +59,7 @@ class Augmentation:
     brightness: float = 0.0
     grey: float = 0.0
     erase: float = 0.0
+    law: str = "uniform"
 
     def __post_init__(self) -> None:
         for name in ("any_rotation", "mirror", "half_body", "grey", "erase"):
@@ -66,11 +72,13 @@ class Augmentation:
             raise ValueError(f"augment.scale must be two positive factors, the lesser first, got {list(self.scale)}")
         if self.rotation_sd and self.rotation:
             raise ValueError("augment: choose rotation_sd (normal) or rotation (uniform), not both")
+        if self.law not in ("uniform", "hrnet"):
+            raise ValueError(f"augment.law must be 'uniform' or 'hrnet', got {self.law!r}")
 
     @property
     def zoom(self) -> float:
         """How much larger than without a change a person gets at most; half a body fills a crop that was for all."""
-        return (1.5 if self.half_body else 1.0) * math.exp(self.log_scale) / self.scale[0]
+        return (1.7 if self.half_body else 1.0) * math.exp(self.log_scale) / self.scale[0]
 
     def draw(self, rng: np.random.Generator) -> Change:
         """The geometric part of a change, at random."""
@@ -79,12 +87,21 @@ class Augmentation:
         rotation = float(rng.uniform(-180, 180) if turn else rng.normal() * self.rotation_sd)
         if self.rotation and not turn:
             rotation = float(rng.uniform(-self.rotation, self.rotation))
+            if self.law == "hrnet":
+                rotation = _clipped_normal(rng, 0.0, self.rotation, 2 * self.rotation) if rng.random() < 0.6 else 0.0
         half = ("upper" if rng.random() < 0.7 else "lower") if rng.random() < self.half_body else ""
         scale = float(np.exp(rng.uniform(-self.log_scale, self.log_scale)))
-        if self.scale != (1.0, 1.0):
+        if self.scale != (1.0, 1.0) and self.law == "hrnet":
+            spread = (self.scale[1] - self.scale[0]) / 2
+            scale *= _clipped_normal(rng, self.scale[0] + spread, spread, spread)
+        elif self.scale != (1.0, 1.0):
             scale *= float(rng.uniform(*self.scale))
         shift = (rng.uniform(-self.shift, self.shift), rng.uniform(-self.shift, self.shift))
         return Change(rotation, scale, shift, mirror, half)
+
+
+def _clipped_normal(rng: np.random.Generator, mean: float, sd: float, reach: float) -> float:
+    return mean + float(np.clip(rng.normal() * sd, -reach, reach))
 
 
 @dataclass(frozen=True)
@@ -225,9 +242,9 @@ def reduce(image: Array, zoom: float) -> tuple[Array, Array]:
 class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Samples (crop uint8 [3, h, w], keypoints float32 [K, 2] in crop pixels, valid bool [K]).
 
-    A keypoint is valid if it is labelled and inside the crop. Every sample is drawn with its own random generator,
-    seeded by (`seed`, index); an index encodes epoch and person (`epoch * len(store) + person`), so that a sample
-    depends neither on the number of workers nor on where training was resumed. `convention`: of the crops, see
+    A keypoint is valid if it is labelled and, unless `outside`, inside the crop. Every sample is drawn with its own
+    random generator, seeded by (`seed`, index); an index encodes epoch and person (`epoch * len(store) + person`), so
+    that a sample depends neither on the number of workers nor on where training was resumed. `convention`: see
     `fastpose.geometry.crop_matrix`.
     """
 
@@ -238,12 +255,14 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         convention: str = "fastpose",
+        outside: bool = False,
     ) -> None:
         self.store = store
         self.size = size
         self.augmentation = augmentation
         self.seed = seed
         self.convention = convention
+        self.outside = outside
 
     def __len__(self) -> int:
         return len(self.store)
@@ -259,7 +278,8 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         if a is not None:
             change = a.draw(rng)
             if change.half:
-                box = half_body_box(person.keypoints, valid, skeleton, change.half == "upper", box)
+                upper, padding = change.half == "upper", self.store.padding
+                box = half_body_box(person.keypoints, valid, skeleton, upper, box, padding)
         matrix = change.matrix(box, self.size, self.store.padding, self.convention)
         crop = warp_crop(person.image, matrix, self.size)
         if a is not None:
@@ -267,27 +287,32 @@ class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         points = apply_affine(matrix, person.keypoints)
         if change.mirror:
             points, valid = points[skeleton.flip_indices], valid[skeleton.flip_indices]
-        inside = (points > -0.5).all(1) & (points < [width - 0.5, height - 0.5]).all(1)
+        inside = self.outside | (points > -0.5).all(1) & (points < [width - 0.5, height - 0.5]).all(1)
         chw = np.ascontiguousarray(crop.transpose(2, 0, 1))
         return torch.from_numpy(chw), torch.from_numpy(points.astype(np.float32)), torch.from_numpy(valid & inside)
 
 
-def half_body_box(keypoints: Array, labelled: Array, skeleton: Skeleton, upper: bool, box: Array) -> Array:
-    """Box around the labelled keypoints of one half of the body with a quarter of its longer side around them.
-
-    HRNet does so with more than 8 labelled keypoints only and crops narrower: 1.5 times their extent, not padded again.
+def half_body_box(
+    keypoints: Array, labelled: Array, skeleton: Skeleton, upper: bool, box: Array, padding: float
+) -> Array:
+    """Box of one half of the body as in HRNet: around the mean of its labelled keypoints, 1.5 times their extent.
 
     Args:
-        keypoints: [K, 2]; labelled: bool [K]; upper: which half; box: returned if that half has fewer than 4 labels.
+        keypoints: [K, 2]; labelled: bool [K]; upper: which half, the other if this one has fewer than 3 labels.
+        box: returned if no more than 8 keypoints are labelled, or fewer than 2 in either half.
+        padding: by which the crop will be larger than its box; this one is that much smaller, not to be padded again.
     """
     half = np.zeros(skeleton.num_keypoints, bool)
     half[list(skeleton.upper_body)] = True
-    points = keypoints[(half == upper) & labelled]
-    if len(points) < 4:
+    if labelled.sum() <= 8:
         return box
-    low, high = points.min(0), points.max(0)
-    margin = 0.25 * max(float((high - low).max()), 1.0)
-    return np.concatenate([low - margin, high + margin])
+    above, below = keypoints[half & labelled], keypoints[~half & labelled]
+    points = above if upper and len(above) > 2 else below if len(below) > 2 else above
+    if len(points) < 2:
+        return box
+    centre = points.mean(0)
+    reach = 0.75 * np.maximum(points.max(0) - points.min(0), 1.0) / padding
+    return np.concatenate([centre - reach, centre + reach])
 
 
 def change_colours(crop: Array, a: Augmentation, rng: np.random.Generator) -> Array:

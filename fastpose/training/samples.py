@@ -59,7 +59,7 @@ def make_dataset(config: TrainConfig, store: Store, stage: Stage, seed: int) -> 
         scenes = store if isinstance(store, SceneStore) else Mosaics(store, stage.size, stage.mosaic or config.mosaic)
         return SceneDataset(scenes, stage.size, config.augment, seed)
     assert isinstance(codec, HeatmapCodec) and isinstance(store, CropStore)
-    return CropDataset(store, stage.size, config.augment, seed, codec.convention)
+    return CropDataset(store, stage.size, config.augment, seed, codec.convention, codec.draws_outside)
 
 
 def scenes_to_validate(config: TrainConfig, data: PoseData, output: Path, resume: bool = False) -> PoseData:

@@ -59,6 +59,9 @@ class TrainConfig:
             in the loss on positions.
         init: weights to start from instead of random numbers, "default" or a file; if they are for other keypoints,
             everything but the last layer is taken.
+        initialization: of a network without `init`: ``"torch"``: as PyTorch initialises layers; ``"hrnet"``: the
+            weights of all convolutions normally distributed with standard deviation 0.001, their biases 0, as in
+            HRNet's code. The heatmaps then begin near 0.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         precision: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` for autocast; the loss is computed in float32, and
             scaled against underflow for float16.
@@ -95,6 +98,7 @@ class TrainConfig:
     teacher: str = ""
     teacher_weight: float = 0.5
     init: str = ""
+    initialization: str = "torch"
     splits: tuple[str, str] = ("train", "val")
     skeleton: str = ""
     metric: str = ""
@@ -122,7 +126,10 @@ class TrainConfig:
             object.__setattr__(self, "codec", codec)
         if not self.stages:
             object.__setattr__(self, "stages", (Stage(model_entry(self.model).input_size, 210.0),))
-        for name, known in (("dataset", DATASETS), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+        for name, known in (
+            ("dataset", DATASETS), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS),
+            ("initialization", ("torch", "hrnet")),
+        ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.metric not in ("", *METRICS):
