@@ -50,7 +50,7 @@ abi: build
 	  test -d $(VENV)-$$version || ($(PYTHON) -m venv $(VENV)-$$version && $(VENV)-$$version/bin/python -m pip install -q \
 	    torch==$$version numpy opencv-python safetensors tqdm pytest scipy scikit-image) || exit 1; \
 	  echo "torch $$version"; \
-	  PYTHONPATH=. FASTPOSE_FUSED=1 $(VENV)-$$version/bin/python -m pytest -q tests/ops tests/test_plan.py tests/test_models.py || exit 1; \
+	  PYTHONPATH=. FASTPOSE_FUSED=1 $(VENV)-$$version/bin/python -m pytest -q tests/ops tests/test_plan.py tests/test_models.py tests/test_graphs.py || exit 1; \
 	done
 
 cuda-check: $(VENV)/.installed

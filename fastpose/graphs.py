@@ -10,13 +10,17 @@ import copy
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from fastpose.layers import DWUpsampleBNAct, GhostModule, channels_last, fold_batch_norm
 from fastpose.ops import dw_upsample, ghost_cheap
+
+T = TypeVar("T")
 
 aten = torch.ops.aten
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,15 +123,24 @@ class Graphed(nn.Module):
     `network` otherwise is not seen. Not scriptable: script `network`.
 
     Attributes:
-        network: what is captured, batch norm folded, in the dtype of `precision`.
+        network: what is captured, batch norm folded, in the dtype of `precision`; layout: of its maps and weights.
     """
 
-    def __init__(self, model: nn.Module, size: tuple[int, int] | None = None, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        size: tuple[int, int] | None = None,
+        precision: str = "float32",
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
         super().__init__()
         if precision not in DTYPES:
             raise ValueError(f"precision must be one of {', '.join(DTYPES)} on CUDA, got {precision!r}")
         self.dtype = DTYPES[precision]
-        self.network = channels_last(fold_batch_norms(model, size).to(self.dtype))
+        self.layout = layout
+        self.network = fold_batch_norms(model, size).to(self.dtype)
+        if layout == torch.channels_last:
+            channels_last(self.network)
         self.input_multiple = int(getattr(model, "input_multiple", 1))
         self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()
         self._calls: Counter[_Key] = Counter()
@@ -167,7 +180,7 @@ class Graphed(nn.Module):
         return x.is_cuda and x.numel() > 0 and not self._capture_failed and not torch.cuda.is_current_stream_capturing()
 
     def _compute(self, x: Tensor) -> Any:
-        outputs = self.network(x.to(self.dtype, memory_format=torch.channels_last))
+        outputs = self.network(x.to(self.dtype, memory_format=self.layout))
         return tuple(o.float() for o in outputs) if isinstance(outputs, tuple) else outputs.float()
 
     def _graph(self, x: Tensor) -> _Graph | None:
@@ -199,20 +212,7 @@ class _Graph:
         with torch.inference_mode(False):  # a caller outside inference mode could not write to such a tensor
             self.x = x.clone()
         with torch.cuda.device(x.device):
-            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):  # libraries choose their kernels and set themselves up
-                for _ in range(3):
-                    compute(self.x)
-            here.wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            # On a stream of this device: torch's own for captures belongs to the first device that captured. Leaving
-            # `here` puts the thread back on it, which a capture that fails does not. Other threads go on allocating.
-            with (
-                torch.cuda.stream(here),
-                torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"),
-            ):
-                self.outputs = compute(self.x)
+            self.graph, self.outputs = capture(lambda: compute(self.x))
             self.free = torch.cuda.Event()
             self.free.record()
 
@@ -225,3 +225,40 @@ class _Graph:
             result = tuple(o.clone() for o in self.outputs) if several else self.outputs.clone()
             self.free.record()
         return result
+
+
+def capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of `call` on the current device, and its results, which every replay overwrites.
+
+    A call that cannot be captured raises what it raises, on the stream it was called on.
+    """
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):  # libraries choose their kernels and set themselves up
+        for _ in range(3):
+            call()
+    here.wait_stream(aside)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        # On a stream of this device: torch's own for captures belongs to the first device that captured. Leaving `here`
+        # puts the thread back on it, which a capture that fails does not. Other threads go on allocating.
+        with (
+            torch.cuda.stream(here),
+            torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"),
+        ):
+            results = call()
+    except BaseException:
+        _end_capture(pool)
+        raise
+    return graph, results
+
+
+def _end_capture(pool: Any) -> None:
+    """After a capture that failed, torch 2.11 leaves the allocator and the random generator in it: end both."""
+    with suppress(Exception):  # private functions, which object where torch has done so itself
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    aside = torch.cuda.Stream()
+    one = torch.ones(1, device="cuda")
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=aside):
+        one.add_(1)  # the end of a capture that succeeds resets the generator
