@@ -3,7 +3,8 @@
 Random weights and batch-norm statistics, the same for all. Every competitor lives in a process of its own, since thread
 pools in one process disturb each other. The processes take turns, block by block, and are stopped in between, as some
 threads go on spinning; the median over all blocks counts. Before anything is timed every output is compared with
-PyTorch's. A competitor that is not installed, or fails, gets a row that says so: pip install '.[peers]'.
+PyTorch's. A competitor that is not installed, fails or computes something else gets a row that says so: pip install
+'.[peers]'. How many processors other programs kept busy meanwhile is recorded ("foreign load").
 
     fastpose        fastpose.optimize
     exported        the same from a TorchScript file, without the memory that preparing it takes
@@ -29,17 +30,19 @@ MB: most memory, by the operating system's account, that reading, preparing and 
 process had once its libraries were imported.
 
 Run: python benchmarks/compare_peers.py [--model NAME,PART:CxHxW,...] [--threads 1,2] [--batch 1,32] [--size 256x192]
-     [--rounds 7] [--json FILE]
+     [--rounds 7] [--json FILE] [--picture FILE.svg]
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import itertools
 import json
 import logging
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -57,6 +60,9 @@ BLOCK = 0.4  # seconds
 MODELS = "mobileposenet,hr_litenet,le_hrnet,lightweight_hrnet_448,lite_csw_hrnet,lite_hrnet_18,lite_hrnet_30,hrnet_w32"
 COMPILED = ("compile", "compile frozen", "aotinductor")
 COMPETITORS = ("fastpose", "exported", "eager", "jit.freeze", *COMPILED, "onnxruntime", "openvino", "ncnn")
+COLOURS = {
+    "fastpose": "#2b7a4b", "ncnn": "#8fa8c8", "openvino": "#6b7fa6", "onnxruntime": "#4a5a86", "eager": "#c9c9c9"
+}  # fmt: skip
 BF16 = ("fastpose bf16", "fastpose int8", "openvino bf16", "ncnn bf16")
 PRECISION = {"fastpose": "float32", "fastpose bf16": "bfloat16", "fastpose int8": "int8"}
 
@@ -338,48 +344,113 @@ def run_case(arguments: argparse.Namespace, model: str, threads: int, batch: int
     failed = prepare(model, batch, arguments.size, folder)
     children: dict[str, subprocess.Popen[str]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for competitor in arguments.competitors:
-        rows[competitor] = {"model": model, "batch": batch, "threads": threads, "competitor": competitor}
-        if competitor.removesuffix(" bf16") in failed:
-            rows[competitor]["failed"] = failed[competitor.removesuffix(" bf16")]
-            continue
-        command = [sys.executable, __file__, "--serve", competitor, "--model", model, "--threads", str(threads)]
-        command += ["--batch", str(batch), "--size", "x".join(map(str, arguments.size)), "--folder", str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        assert child.stdout is not None
-        line = child.stdout.readline()  # one prepares after the other
-        rows[competitor] |= json.loads(line) if line else {"failed": f"exit code {child.wait()}"}
-        if "failed" not in rows[competitor]:
+    started = busy_seconds(), time.monotonic()
+    try:
+        for competitor in arguments.competitors:
+            rows[competitor] = {"model": model, "batch": batch, "threads": threads, "competitor": competitor}
+            if competitor.removesuffix(" bf16") in failed:
+                rows[competitor]["failed"] = failed[competitor.removesuffix(" bf16")]
+                continue
+            child = children[competitor] = start(arguments, competitor, model, threads, batch, folder)
+            rows[competitor] |= answer(child)  # one prepares after the other
+            if "failed" not in rows[competitor] and not rows[competitor]["error"] <= tolerance(competitor):
+                rows[competitor]["failed"] = f"wrong by {rows[competitor]['error']:.1g} of the largest number"
             child.send_signal(signal.SIGSTOP)  # threads that wait for work by spinning would disturb the others
-            children[competitor] = child
-            rows[competitor]["blocks"] = []
-    for _ in range(arguments.rounds):
-        for competitor, child in children.items():
-            assert child.stdin is not None and child.stdout is not None
-            child.send_signal(signal.SIGCONT)
-            child.stdin.write("block\n")
-            child.stdin.flush()
-            rows[competitor]["blocks"].append(json.loads(child.stdout.readline())["ms"])
-            child.send_signal(signal.SIGSTOP)
-    for child in children.values():
-        assert child.stdin is not None
-        child.send_signal(signal.SIGCONT)
-        child.stdin.close()
-        child.wait()
-    ours = rows.get("fastpose", {}).get("blocks")
+        for _ in range(arguments.rounds):
+            for competitor, child in children.items():
+                if "failed" in rows[competitor]:
+                    continue
+                assert child.stdin is not None
+                child.send_signal(signal.SIGCONT)
+                try:
+                    child.stdin.write("block\n")
+                    child.stdin.flush()
+                except BrokenPipeError:
+                    pass  # it has died; its exit code is the answer
+                result = answer(child)
+                rows[competitor] |= {k: v for k, v in result.items() if k == "failed"}
+                rows[competitor].setdefault("blocks", []).extend([result["ms"]] if "ms" in result else [])
+                child.send_signal(signal.SIGSTOP)
+    finally:
+        for child in children.values():  # those that are stopped would stay for ever
+            child.kill()
+            child.communicate()
+    foreign = (busy_seconds() - started[0]) / (time.monotonic() - started[1])
+    ours = rows.get("fastpose", {})
     for row in rows.values():
-        if "blocks" in row:
+        row["foreign load"] = round(foreign, 2)
+        if "failed" not in row:
             row["ms"] = statistics.median(row["blocks"])
-            row["ratio"] = row["ms"] / statistics.median(ours) if ours else float("nan")
+            row["ratio"] = row["ms"] / statistics.median(ours["blocks"]) if "blocks" in ours else float("nan")
     return list(rows.values())
+
+
+def start(
+    arguments: argparse.Namespace, competitor: str, model: str, threads: int, batch: int, folder: Path
+) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--serve", competitor, "--model", model, "--threads", str(threads)]
+    command += ["--batch", str(batch), "--size", "x".join(map(str, arguments.size)), "--folder", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment)
+
+
+def answer(child: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line of a process, or how it ended."""
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    result: dict[str, Any] = json.loads(line) if line else {"failed": f"exit code {child.wait()}"}
+    return result
+
+
+def tolerance(competitor: str) -> float:
+    """Largest difference from PyTorch's output, relative to its largest number, that is still the same network's."""
+    return 1e-3 if competitor not in BF16 else 0.5
+
+
+def busy_seconds() -> float:
+    """Time that all processors together have been busy with what is not this process nor its ended children."""
+    ticks = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # without idling and waiting for disks
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return busy - sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on."""
+    import _timing
+
+    report = _timing.environment(argparse.Namespace(threads=arguments.threads, dtype="float32"))
+    for package in ("onnxruntime", "openvino", "ncnn", "pnnx"):
+        try:
+            report[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            report[package] = "not installed"
+    return {**report, "size": "x".join(map(str, arguments.size)), "rounds": arguments.rounds}
+
+
+def picture(rows: list[dict[str, Any]]) -> str:
+    """Bars of the times relative to fastpose.optimize, an SVG file."""
+    shown = [r for r in rows if r.get("ratio", 0) > 0 and r["competitor"] in COLOURS]
+    models = list(dict.fromkeys((r["model"], r["batch"], r["threads"]) for r in shown))
+    scale = 420 / max((r["ratio"] for r in shown), default=1.0)
+    parts, y = [], 34
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        x = 20 + 125 * i
+        parts.append(f'<rect x="{x}" y="8" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 18}" y="18">{name}</text>')
+    for case in models:
+        name = case[0] + (f", batch {case[1]}" if case[1] > 1 else "") + (f", {case[2]} threads" if case[2] > 1 else "")
+        parts.append(f'<text x="20" y="{y + 14}" font-weight="bold">{name}</text>')
+        for row in (r for r in shown if (r["model"], r["batch"], r["threads"]) == case):
+            width = row["ratio"] * scale
+            colour = COLOURS[row["competitor"]]
+            parts.append(f'<rect x="210" y="{y + 2}" width="{width:.1f}" height="11" fill="{colour}"/>')
+            parts.append(f'<text x="{216 + width:.1f}" y="{y + 12}">{row["ms"]:.1f} ms</text>')
+            y += 14
+        y += 10
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{y}" font-family="sans-serif" font-size="12">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>", ""])
 
 
 def main() -> None:
@@ -392,6 +463,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--json")
+    parser.add_argument("--picture", help="an SVG file")
     parser.add_argument("--serve", choices=COMPETITORS + BF16, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -409,13 +481,14 @@ def main() -> None:
     header = (
         f"{'model':26}{'batch':>6}{'threads':>8}  {'competitor':15}{'ms':>9}{'x fastpose':>11}{'error':>9}{'MB':>8}"
     )
-    print(f"size {height}x{width}, load average {os.getloadavg()[0]:.2f}\n{header}", flush=True)
+    circumstances = environment(arguments)
+    print("\n".join([*(f"{key}: {value}" for key, value in circumstances.items()), header]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for model in arguments.model.split(","):
             for batch in map(int, arguments.batch.split(",")):
                 for threads in map(int, arguments.threads.split(",")):
                     for row in run_case(arguments, model, threads, batch, Path(folder)):
-                        rows.append({**row, "load": os.getloadavg()[0]})
+                        rows.append(row)
                         case = f"{row['model']:26}{row['batch']:>6}{row['threads']:>8}  {row['competitor']:15}"
                         if "failed" in row:
                             print(f"{case}  {row['failed']}", flush=True)
@@ -425,7 +498,9 @@ def main() -> None:
                                 flush=True,
                             )
                     if arguments.json:  # after every case: a run of all takes an hour
-                        write_json(arguments.json, rows)
+                        write_json(arguments.json, {"environment": circumstances, "rows": rows})
+                    if arguments.picture:
+                        Path(arguments.picture).write_text(picture(rows))
 
 
 if __name__ == "__main__":

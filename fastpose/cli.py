@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="mobileposenet")
     p.add_argument("--weights", default="default")
     p.add_argument("--fused", action="store_true", help="use fastpose's kernels; the file then needs fastpose to load")
+    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="of --fused (default: %(default)s)")
     p.add_argument(
         "--keypoints",
         action="store_true",
@@ -465,6 +466,8 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError("--bits is about weights: --format safetensors")
     if options.codec and not options.keypoints:
         raise ValueError("--codec is about --keypoints")
+    if options.precision != "float32" and not options.fused:
+        raise ValueError("--precision is about --fused: the other files are computed in float32")
     name, _, _ = find_architecture(checkpoint, options.model)
     size = model_entry(name).input_size if info is None else info.input_size
     height, width = size = tuple(options.input_size or size)
@@ -486,7 +489,7 @@ def _export(options: argparse.Namespace) -> int:
             worst = export_onnx(model, options.output, size, codec)
             needs = f"any batch of {height}x{width}, compared by ONNX Runtime"
         else:
-            worst = export_torchscript(model, options.output, size, options.fused, codec)
+            worst = export_torchscript(model, options.output, size, options.fused, codec, options.precision)
             needs = "loads after `import fastpose`" if options.fused else "loads with torch alone"
     except ExportError as error:
         print(f"fastpose: error: {error}", file=sys.stderr)

@@ -479,7 +479,7 @@ class PoseEstimator:
             self._crops_until_optimized = math.inf
             try:
                 self.model = fastpose_optimize(self.model, self.info.input_size)
-            except NotOptimizable as error:
+            except (NotOptimizable, ValueError, RuntimeError) as error:  # a network that the caller has put in place
                 self.not_optimized = str(error)
 
     def _optimize_once_it_pays(self, crops: int) -> None:

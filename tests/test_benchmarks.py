@@ -42,3 +42,24 @@ def test_the_cuda_benchmark_walks_through_every_case(tmp_path):
 def test_the_cuda_benchmark_says_what_it_needs():
     done = run("nmss", "--rehearse")
     assert done.returncode == 2 and "steps are build test nms" in done.stderr and "got nmss" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _backend.LOADED, reason="the operators are not built or switched off")
+def test_runtimes_are_compared_and_those_that_fail_say_why(tmp_path):
+    file, picture = tmp_path / "rows.json", tmp_path / "bars.svg"
+    script = SCRIPT.with_name("compare_peers.py")
+    command = [sys.executable, str(script), "--model", "ghost_cheap:8x6x4", "--threads", "1", "--batch", "1"]
+    done = subprocess.run(
+        [*command, "--rounds", "2", "--json", str(file), "--picture", str(picture)],
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    rows = {row["competitor"]: row for row in report["rows"]}
+    assert {"processor", "torch", "onnxruntime", "size", "date"} <= set(report["environment"])
+    for name in ("fastpose", "eager", "jit.freeze"):
+        assert rows[name]["error"] < 1e-5 and len(rows[name]["blocks"]) == 2 and rows[name]["foreign load"] >= -0.1
+    assert all("ms" in row or row["failed"] for row in rows.values())
+    drawn = [name for name in rows if name not in ("exported", "jit.freeze") and "ms" in rows[name]]
+    assert picture.read_text().count(" ms</text>") == len(drawn)

@@ -250,6 +250,23 @@ def test_export_of_a_checkpoint_of_others(tmp_path):
         assert torch.jit.load(tmp_path / "model.pt")(torch.zeros(1, 3, 64, 64)).shape == (1, 13, 16, 16)
 
 
+@needs_kernels
+def test_export_with_rounded_products(folder, capsys):
+    for precision in ("bfloat16", "int8"):
+        file = folder / f"{precision}.pt"
+        assert main(["export", "--fused", "--precision", precision, "--input-size", "64", "64", str(file)]) == 0
+        assert 1e-4 < float(capsys.readouterr().out.partition("largest difference ")[2].split()[0]) < 0.1
+        assert torch.jit.load(file)(torch.zeros(1, 3, 64, 96)).shape == (1, 14, 16, 24)
+    assert main(["export", "--precision", "int8", str(folder / "no.pt")]) == 2
+    assert "--precision is about --fused" in capsys.readouterr().err
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.GELU())
+    with pytest.raises(ExportError, match="no precision 'int8': Sequential: aten.gelu"):
+        export_torchscript(model, folder / "no.pt", (64, 64), fused=True, precision="int8")
+    with pytest.raises(ExportError, match="precision 'int8' is one of fastpose's kernels"):
+        export_torchscript(model, folder / "no.pt", (64, 64), precision="int8")
+    assert not (folder / "no.pt").exists()
+
+
 @pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_kernels), False])
 def test_export_of_keypoints(folder, capsys, fused):
     file = folder / "keypoints.pt"

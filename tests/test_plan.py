@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -516,8 +517,8 @@ def test_every_instruction_set(level):
 
 
 def test_networks_in_turn():
-    """What is kept from call to call belongs to one network and size."""
-    nets = [nn.Sequential(nn.Conv2d(3, c, 3, 1, 1), nn.Sigmoid()).eval() for c in (8, 8, 20)]
+    """What is kept from call to call belongs to one network and size, and there are more of them than are kept."""
+    nets = [nn.Sequential(nn.Conv2d(3, c, 3, 1, 1), nn.Sigmoid()).eval() for c in (8, 8, 20, 9, 10, 11)]
     for net in nets:
         net.input_multiple = 1
     fast = [optimize(net, (8, 8)) for net in nets]
@@ -583,7 +584,7 @@ class ScaledSum(nn.Module):
 
 class Split(nn.Module):
     def forward(self, x):
-        return x.view(x.shape[0], 3, 1, 8, 8).sigmoid()
+        return x.view(x.shape[0], 3, 1, 8, 8).sigmoid().flatten(1, 2)
 
 
 class GatedUpsampling(nn.Conv2d):
@@ -721,6 +722,100 @@ def test_forms_that_one_example_does_not_tell_apart():
     for module in (PooledBySize(), Turned(3, 4, 64, 64), Wider(3, 4, 1), Scaled(3, 4, 1), Flat(3, 4, 1)):
         with pytest.raises(NotOptimizable, match=f"{type(module).__name__}: "):
             optimize(module.eval())
+
+
+class Returning(nn.Conv2d):
+    def __init__(self, wanted):
+        super().__init__(3, 8, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(8, track_running_stats=False)
+        self.wanted = wanted
+
+    def forward(self, x):
+        return self.wanted(self, super().forward(x), x)
+
+
+class Maps(NamedTuple):
+    heatmaps: torch.Tensor
+    tags: torch.Tensor
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (lambda net, y, x: None, r"Returning returns NoneType\(\); expected one map \[B, C, H, W\] or a plain tuple"),
+        (lambda net, y, x: ([y], y), r"Returning returns tuple\(list, Tensor\)"),
+        (lambda net, y, x: Maps(y, y), r"Returning returns Maps\(Tensor, Tensor\)"),
+        (lambda net, y, x: y.mean((2, 3)), r"Returning returns \[1, 8\]"),
+        (lambda net, y, x: x, "Returning returns the image itself"),
+        (lambda net, y, x: net.norm(y), "batch_norm.default with the statistics of the batch"),
+        (lambda net, y, x: F.dropout(y, training=True), "dropout.default in training mode"),
+        (lambda net, y, x: y if float(x.sum()) > 0 else y + 1, "Returning cannot be exported by PyTorch: "),
+        (lambda net, y, x: torch.from_numpy(y.numpy()), "Returning cannot be exported by PyTorch: "),
+        (lambda net, y, x: y + net.missing, "Returning cannot be copied and run on images .*: AttributeError: "),
+        (lambda net, y, x: y * F.avg_pool2d(y, y.shape[2:]), "Returning: run_plan: a gate has pixels"),
+    ],
+)
+def test_whatever_cannot_be_optimised_is_refused_in_every_precision(wanted, message, precision):
+    with pytest.raises(NotOptimizable, match=message):
+        optimize(Returning(wanted).eval(), precision=precision)
+
+
+def test_inputs_and_modules_that_cannot_be_optimised():
+    with pytest.raises(NotOptimizable, match=r"Sequential cannot be copied and run .* to have 1 channels"):
+        optimize(nn.Sequential(nn.Conv2d(1, 4, 1)))
+    with pytest.raises(NotOptimizable, match="Bilinear cannot be copied and run .* missing 1 required"):
+        optimize(nn.Bilinear(3, 3, 3))
+    with pytest.raises(NotOptimizable, match="cannot be exported by PyTorch: ValueError: Exporting a ScriptModule"):
+        optimize(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1))))
+    with pytest.raises(ValueError, match=r"size must be a positive \(height, width\), got \(0, 8\)"):
+        optimize(nn.Conv2d(3, 4, 1), (0, 8))
+
+
+def test_any_size_of_modules_that_ask_for_no_multiple():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    for fast in (optimize(net), optimize(net, (200, 136))):
+        for size in ((33, 47), (64, 64), (1, 1)):
+            x = torch.randn(2, 3, *size)
+            with torch.no_grad():
+                assert relative(fast(x), net(x)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = optimize(net)
+    with torch.no_grad():
+        assert relative(fast(x), net(x)) < 1e-5
+
+
+def test_announced_sizes_are_right_or_refused():
+    halved = optimize(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1)))
+    exported = torch.export.export(halved, (torch.zeros(1, 3, 34, 48),))
+    assert exported.module()(torch.zeros(1, 3, 34, 48)).shape == (1, 8, 17, 24)
+    with pytest.raises(RuntimeError, match="images of 33 x 48, of which its output is no fixed fraction"):
+        torch.export.export(halved, (torch.zeros(1, 3, 33, 48),))
+    smaller = optimize(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    assert smaller(torch.zeros(1, 3, 48, 40)).shape == (1, 8, 46, 38)
+    with pytest.raises(RuntimeError, match="images of 48 x 40, of which its output is no fixed fraction"):
+        torch.export.export(smaller, (torch.zeros(1, 3, 48, 40),))
+
+
+def test_networks_that_amplify_rounding():
+    """Noise in, statistics of few pixels: float32 itself is far off, which is no error of ours."""
+    torch.manual_seed(0)
+    model = fastpose.create_model("le_hrnet")
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    with torch.no_grad():
+        for _ in range(2):
+            model.train()(torch.randn(4, 3, 64, 64))
+    assert isinstance(optimize(model), Optimized)
+
+
+def test_the_dtype_of_an_optimised_network_stays():
+    fast = optimize(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    for change in (fast.half, fast.double, nn.Sequential(fast).bfloat16):
+        with pytest.raises(TypeError, match="computes in float32 and cannot be made torch"):
+            change()
+    assert fast.to("cpu").float()(torch.zeros(1, 3, 4, 4)).dtype == torch.float32
 
 
 def test_batch_norm_without_weights():

@@ -9,6 +9,8 @@
 
 #include <sched.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -393,39 +395,46 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
   return l;
 }
 
-// What the last call of this thread worked out; the next one is likely to be for the same network and size.
+// What calls of this thread worked out; the next one is likely to be for one of the same networks, at the same size.
 struct Prepared {
   std::vector<int64_t> program;
   int64_t weights = 0, height = 0, width = 0;
   Plan plan;
   Layout layout;
 };
+constexpr size_t kPrepared = 4;  // networks taken in turn, a detector's and a few pose networks, say
 
 const Prepared& prepare(const Tensor& program, const Tensor& weights, int64_t height, int64_t width) {
-  thread_local Prepared last;
+  thread_local std::array<Prepared, kPrepared> kept;
+  thread_local size_t oldest = 0;
   const bool flat = program.scalar_type() == ScalarType::Long && program.dim() == 1 && program.is_contiguous();
-  const size_t bytes = flat ? static_cast<size_t>(program.size(0)) * sizeof(int64_t) : 0;
-  const bool same = flat && !last.program.empty() && weights.dim() == 1 && weights.scalar_type() == ScalarType::Float &&
-                    weights.is_contiguous() && last.weights == weights.size(0) &&
-                    last.program.size() * sizeof(int64_t) == bytes &&
-                    std::memcmp(last.program.data(), program.const_data_ptr(), bytes) == 0;
-  if (!same) {
-    last.program.clear();  // should parse throw
-    last.weights = 0;
-    last.plan = parse(program, weights);
-    last.height = 0;
+  const bool usable =
+      flat && weights.dim() == 1 && weights.scalar_type() == ScalarType::Float && weights.is_contiguous();
+  const size_t length = flat ? static_cast<size_t>(program.size(0)) : 0;
+  const auto same = [&](const Prepared& p) {
+    return usable && length > 0 && p.program.size() == length && p.weights == weights.size(0) &&
+           std::memcmp(p.program.data(), program.const_data_ptr(), length * sizeof(int64_t)) == 0;
+  };
+  const auto found = std::find_if(kept.begin(), kept.end(), same);
+  Prepared& p = found != kept.end() ? *found : kept[oldest];
+  if (found == kept.end()) {
+    p.program.clear();  // should parse throw
+    p.weights = 0;
+    p.plan = parse(program, weights);
+    p.height = 0;
     const int64_t* numbers = static_cast<const int64_t*>(program.const_data_ptr());
-    last.program.assign(numbers, numbers + program.size(0));
-    last.weights = weights.size(0);
+    p.program.assign(numbers, numbers + program.size(0));
+    p.weights = weights.size(0);
+    oldest = (oldest + 1) % kPrepared;
   }
-  last.plan.weights = static_cast<const float*>(weights.const_data_ptr());
-  if (last.height != height || last.width != width) {
-    last.height = 0;
-    last.layout = lay_out(last.plan, height, width);
-    last.height = height;
-    last.width = width;
+  p.plan.weights = static_cast<const float*>(weights.const_data_ptr());
+  if (p.height != height || p.width != width) {
+    p.height = 0;
+    p.layout = lay_out(p.plan, height, width);
+    p.height = height;
+    p.width = width;
   }
-  return last;
+  return p;
 }
 
 // About how many cycles of one core an instruction takes, to decide whether it is worth sharing.
