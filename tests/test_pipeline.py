@@ -407,6 +407,29 @@ def test_networks_that_cannot_be_optimised_run_as_they_are_and_say_why(photo, mo
 
 
 @needs_kernels
+def test_networks_put_in_place_by_the_caller_run_whatever_they_are(photo):
+    box = [[20.0, 10.0, 210.0, 300.0]]
+    for change in (torch.jit.script, Deciding, lambda model: model.double().float()):
+        pose = PoseEstimator(detector="none", flip_test=False)
+        expected = pose(photo, boxes=box).keypoints
+        pose.model = change(pose.model)
+        pose.prepare(10_000)
+        assert (pose.not_optimized == "") == isinstance(pose.model, fastpose.Optimized)
+        assert np.abs(pose(photo, boxes=box).keypoints - expected).max() < 0.1
+
+
+class Deciding(torch.nn.Module):
+    """Looks at its numbers, which cannot be exported."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) if bool(x.isfinite().all()) else x
+
+
+@needs_kernels
 def test_optimised_after_some_crops_with_the_same_result(photo):
     box = [20, 10, 200, 220]
     plain, lazy, eager = (PoseEstimator(detector="none", optimize=o) for o in (False, None, True))
