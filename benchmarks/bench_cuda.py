@@ -61,6 +61,7 @@ GOALS = (
 )
 # images/s, 32 at once, float32, 256x192, on a TITAN RTX: S. Niu et al. 2021, the table of speeds
 PUBLISHED = {"mobileposenet": 54.8, "lite_hrnet_18": 17.4, "hrnet_w32": 19.2, "simplebaseline_resnet50": 273.1}
+LATE = 124  # as `timeout` ends
 KEYS = ("op", "direction", "shape", "dtype", "layout")
 
 
@@ -128,15 +129,9 @@ class Run:
 
     def step(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         start = time.monotonic()
-        try:
-            done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(1.0, self.deadline - start),
-            )  # fmt: skip
-            code, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as late:
-            text = late.stdout or ""
-            code, output = 124, text.decode(errors="replace") if isinstance(text, bytes) else text
+        code, output, _ = finished(
+            [sys.executable, *command], max(1.0, self.deadline - start), environment, errors=subprocess.STDOUT
+        )
         lines = output.strip().splitlines() or [""]
         self.report["steps"][name] = {
             "exit code": code, "seconds": round(time.monotonic() - start, 1), "output": lines[-200:],
@@ -156,8 +151,13 @@ class Run:
         self.report.setdefault("left out", []).append(what)
         return True
 
-    def case(self, key: tuple[str, str, str, str, str], time_it: Callable[[dict[str, Any]], None]) -> None:
-        """One row. A case that fails says so in it; a device that no longer answers ends the run."""
+    def case(
+        self,
+        key: tuple[str, str, str, str, str],
+        time_it: Callable[[dict[str, Any]], None],
+        failed: str = "failed",
+    ) -> None:
+        """One row. A case that fails says so in it, as `failed`; a device that no longer answers ends the run."""
         name = " ".join(filter(None, key))
         if self.late(name):
             return
@@ -165,11 +165,11 @@ class Run:
         if row is None:
             row = dict(zip(KEYS, key, strict=True))
             self.report["rows"].append(row)
-        row.pop("failed", None)
+        row.pop(failed, None)
         try:
             time_it(row)
         except Exception as error:
-            row["failed"] = reason(error)
+            row[failed] = reason(error)
             if self.device.type == "cuda":
                 try:
                     torch.cuda.synchronize()
@@ -309,6 +309,10 @@ class Run:
             },
             graph=False,
         )
+        if self.device.type == "cuda" and not planar._graphs:
+            row["NCHW failed"] = "no CUDA graph was captured"
+        if self.device.type == "cuda" and not fast._graphs:
+            raise RuntimeError("no CUDA graph was captured: what was timed as fused ran call by call")
         row["images/s"] = batch * 1e6 / row["fused us"]
         if batch == 32 and dtype == "float32" and name in PUBLISHED:
             row["published images/s"] = PUBLISHED[name]
@@ -331,31 +335,26 @@ class Run:
             key = network_key(name, batch, dtype, self.device)
             row = next((r for r in self.report["rows"] if tuple(r[k] for k in KEYS) == key), {})
             if f"{what} us" not in row and f"{what} failed" not in row:
-                self.case(key, lambda row, a=(what, name, batch, dtype): self.compiled_network(row, *a))
+                self.case(
+                    key, lambda row, a=(what, name, batch, dtype): self.compiled_network(row, *a), f"{what} failed"
+                )
 
     def compiled_network(self, row: dict[str, Any], what: str, name: str, batch: int, dtype: str) -> None:
         limit = max(1.0, min(self.args.compile_timeout, self.deadline - time.monotonic()))
         spec = ",".join((name, str(batch), dtype, MODES[what]))
         command = [sys.executable, __file__, "--rival", spec, *(["--rehearse"] if self.args.rehearse else [])]
-        with subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        ) as child:  # fmt: skip
-            try:
-                output, errors = child.communicate(timeout=limit)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # its compilers too
-                if limit < self.args.compile_timeout:
-                    self.report["left out"].append(f"{' '.join(filter(None, spec.split(',')))}")
-                else:
-                    row[f"{what} failed"] = f"not compiled after {limit:.0f} s"
-                return
-        if child.returncode:
+        code, output, errors = finished(command, limit, {}, errors=subprocess.PIPE)
+        if code == LATE and limit < self.args.compile_timeout:
+            self.report["left out"].append(spec)
+        elif code == LATE:
+            row[f"{what} failed"] = f"not compiled after {limit:.0f} s"
+        elif code:
             row[f"{what} failed"] = (errors.strip().splitlines() or ["no message"])[-1][:300]
+        if code:
             return
         result = json.loads(output.strip().splitlines()[-1])
         row[f"{what} us"], row[f"eager beside {what} us"] = result["us"], result["eager us"]
-        if result["error"] > result["limit"]:
+        if not result["error"] <= result["limit"]:
             row[f"{what} failed"] = f"wrong by {result['error']:.2g}"
         ratios(row)
 
@@ -369,7 +368,6 @@ class Run:
         corners = rng.uniform(0, 600, (30, 2))
         people = np.concatenate([corners, corners + [[200, 380]]], 1)
         matrices = np.stack([crop_matrix(box, size, 1.25) for box in people])
-        planes = torch.from_numpy(photo).to(self.device).permute(2, 0, 1)
 
         def upload() -> torch.Tensor:
             return warp_crops(torch.from_numpy(photo).to(self.device).permute(2, 0, 1), matrices, size)
@@ -378,13 +376,15 @@ class Run:
             crops = np.stack([warp_crop(photo, matrix, size) for matrix in matrices])
             return torch.from_numpy(crops).permute(0, 3, 1, 2).to(self.device)
 
-        expected = opencv()
-        cases = {"upload, crop": upload, "crop": lambda: warp_crops(planes, matrices, size)}
-        for direction, call in cases.items():
-            error = float((call().double() - expected.double()).abs().mean()) / 255  # of noise: smoothed differently
+        def time_it(row: dict[str, Any], on_device: bool) -> None:
+            planes = torch.from_numpy(photo).to(self.device).permute(2, 0, 1)
+            call = partial(warp_crops, planes, matrices, size) if on_device else upload
+            error = float((call().double() - opencv().double()).abs().mean()) / 255  # of noise: smoothed differently
+            self.add(row, error, 0.1, {"fused": [call], "eager": [opencv]}, graph=False)
+
+        for direction in ("upload, crop", "crop"):
             key = ("cropping", direction, "30x256x192", "uint8", "")
-            both = {"fused": [call], "eager": [opencv]}
-            self.case(key, lambda row, e=error, c=both: self.add(row, e, 0.1, c, graph=False))
+            self.case(key, partial(time_it, on_device=direction == "crop"))
 
     # ---- how it is timed
 
@@ -404,6 +404,8 @@ class Run:
         graph: bool = True,
     ) -> None:
         """Time `competitors` in turns into `row`; with `graph` all calls of each at once, else one call at a time."""
+        for stale in ("x eager", "% copy", "GB/s", *(f"{n} {what}" for n in competitors for what in ("us", "failed"))):
+            row.pop(stale, None)  # of a run before
         row |= {"error": error, "right": error <= limit}
         replays: dict[str, Callable[[int], Any]] = {}
         for name, calls in competitors.items():
@@ -545,7 +547,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(0)
         result |= {"device": p.name, "multiprocessors": p.multi_processor_count, "L2 MB": p.L2_cache_size / 1e6}
-        result["copy GB/s"] = round(peak_copy(device))
+        try:
+            result["copy GB/s"] = round(peak_copy(device))
+        except Exception as error:
+            result["copy GB/s"] = reason(error)
     try:
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
         result["commit"] = git.stdout.strip() or "unknown"
@@ -560,6 +565,21 @@ def peak_copy(device: torch.device) -> float:
     calls = copies(2 << 30, 2, device)
     replay = captured(calls, device)
     return (2 << 30) * len(calls) / float(np.median([timed(replay, device) for _ in range(15)])) / 1e9
+
+
+def finished(command: list[str], limit: float, environment: dict[str, str], errors: int) -> tuple[int, str, str]:
+    """Exit code (`LATE` after `limit` seconds), output and errors of a command, which ends with all it has started."""
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, text=True, errors="replace",
+        start_new_session=True, stdout=subprocess.PIPE, stderr=errors,
+    ) as child:  # fmt: skip
+        try:
+            output, said = child.communicate(timeout=limit)
+            return child.returncode, output, said or ""
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # compilers too
+            output, said = child.communicate()
+            return LATE, output, said or ""
 
 
 def build_environment(device: torch.device) -> dict[str, str]:

@@ -376,12 +376,12 @@ def run_case(arguments: argparse.Namespace, model: str, threads: int, batch: int
             child.kill()
             child.communicate()
     foreign = (busy_seconds() - started[0]) / (time.monotonic() - started[1])
-    ours = rows.get("fastpose", {})
+    ours = [] if "failed" in rows.get("fastpose", {"failed": ""}) else rows["fastpose"]["blocks"]
     for row in rows.values():
         row["foreign load"] = round(foreign, 2)
         if "failed" not in row:
             row["ms"] = statistics.median(row["blocks"])
-            row["ratio"] = row["ms"] / statistics.median(ours["blocks"]) if "blocks" in ours else float("nan")
+            row["ratio"] = row["ms"] / statistics.median(ours) if ours else float("nan")
     return list(rows.values())
 
 

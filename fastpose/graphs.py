@@ -258,7 +258,7 @@ def _end_capture(pool: Any) -> None:
     with suppress(Exception):  # private functions, which object where torch has done so itself
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
-    aside = torch.cuda.Stream()
-    one = torch.ones(1, device="cuda")
-    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=aside):
-        one.add_(1)  # the end of a capture that succeeds resets the generator
+    with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
+        one = torch.ones(1, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            one.add_(1)  # the end of a capture that succeeds resets the generator

@@ -96,15 +96,19 @@ class Optimized(nn.Module):
 
     @torch.jit.unused
     def check_announced(self, i: int, images: Tensor, output: Tensor) -> None:
-        """Take back the announced size of output `i`, for tracing, if that of `output` for `images` is another."""
+        """Take back the announced size of output `i`, for tracing, if that of `output` for `images` is another.
+
+        So is that of a fraction like 21 / 64, which a kernel and stride of three make of an example: no size compared
+        here need be a multiple of 64.
+        """
         p, q = self.outputs[3 * i + 1 : 3 * i + 3]
         sides = [side * p for side in images.shape[2:]]
-        if q and not any(side % q for side in sides) and [side // q for side in sides] != list(output.shape[2:]):
+        exact = q > 0 and not any(side % q for side in sides)
+        if min(p, q) > 1 or (exact and [side // q for side in sides] != list(output.shape[2:])):
             self.outputs[3 * i + 1 : 3 * i + 3] = [0, 0]
 
-    @torch.jit.unused
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Optimized":
-        dtype = fn(torch.zeros(1)).dtype
+        dtype = fn(torch.zeros(1, dtype=torch.float32)).dtype
         if dtype != torch.float32:
             raise TypeError(
                 f"an optimised network computes in float32 and cannot be made {dtype}; optimize(model, "

@@ -791,6 +791,10 @@ def test_announced_sizes_are_right_or_refused():
     assert exported.module()(torch.zeros(1, 3, 34, 48)).shape == (1, 8, 17, 24)
     with pytest.raises(RuntimeError, match="images of 33 x 48, of which its output is no fixed fraction"):
         torch.export.export(halved, (torch.zeros(1, 3, 33, 48),))
+    thirds = optimize(nn.Sequential(nn.Conv2d(3, 8, 3, 3)))
+    assert thirds(torch.zeros(1, 3, 192, 192)).shape == (1, 8, 64, 64)
+    with pytest.raises(RuntimeError, match="images of 192 x 192, of which its output is no fixed fraction"):
+        torch.export.export(thirds, (torch.zeros(1, 3, 192, 192),))
     smaller = optimize(nn.Sequential(nn.Conv2d(3, 8, 3)))
     assert smaller(torch.zeros(1, 3, 48, 40)).shape == (1, 8, 46, 38)
     with pytest.raises(RuntimeError, match="images of 48 x 40, of which its output is no fixed fraction"):
@@ -815,7 +819,8 @@ def test_the_dtype_of_an_optimised_network_stays():
     for change in (fast.half, fast.double, nn.Sequential(fast).bfloat16):
         with pytest.raises(TypeError, match="computes in float32 and cannot be made torch"):
             change()
-    assert fast.to("cpu").float()(torch.zeros(1, 3, 4, 4)).dtype == torch.float32
+    for module in (fast, torch.jit.script(fast), nn.Sequential(torch.jit.script(fast))):
+        assert module.to("cpu").float().share_memory()(torch.zeros(1, 3, 4, 4)).dtype == torch.float32
 
 
 def test_batch_norm_without_weights():
