@@ -9,7 +9,7 @@ IMAGE ?= demo/astronaut.png
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 RUN = $(VENV)/bin/python
 CONSTRAINTS = .ci/constraints.txt
-SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
+SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py
 
 .PHONY: demo test abi cuda-check lint clean build
 
