@@ -127,6 +127,71 @@ def test_crowds_are_masked_but_not_labelled_people(tmp_path):
     assert not mask[distance > 26].any() and mask[distance < 22].all()
 
 
+def hidden_people(segmentations: list) -> dict:
+    """COCO content, one image 120 wide and 90 high: a person; a crowd; two people without labelled keypoints."""
+    content = datasets.coco_content(COCO17.names, 1, 1)
+    person = content["annotations"][0]
+    for i, (crowd, outline) in enumerate(zip((1, 0, 0), segmentations, strict=True)):
+        box = {"bbox": [10 * i, 20, 40, 50], "keypoints": [0] * 51, "num_keypoints": 0}
+        content["annotations"].append({**person, **box, "id": i + 2, "iscrowd": crowd, "segmentation": outline})
+    return content
+
+
+RUNS = {"size": [90, 120], "counts": [90 * 15 + 30, 25, 65, 25, 65, 25, 90 * 120 - 90 * 15 - 235]}
+POLYGONS = [[50, 10, 70, 12, 64, 60], [55.5, 62, 70, 62, 70, 80.5, 55, 80]]
+OTHER = [[90, 20, 118, 40, 119, 88, 92, 70]]
+
+
+@pytest.mark.parametrize("side", [1000, 30])
+def test_outlines_are_hidden_as_in_higherhrnet(tmp_path, side):
+    """Its get_mask and affine transform: union of the decoded outlines, warped with the image, above one half."""
+    mask_tools = pytest.importorskip("pycocotools.mask")
+    content = hidden_people([RUNS, POLYGONS, OTHER])
+    datasets.write_coco(tmp_path, content, "annotations/person_keypoints_val2017.json", "val2017")
+    data = load_dataset("coco", tmp_path, "val")
+    codes = [mask_tools.frPyObjects(RUNS, 90, 120), *mask_tools.frPyObjects([*POLYGONS, *OTHER], 90, 120)]
+    union = mask_tools.decode(codes).any(2)
+    assert union.sum() > 75 and union[35, 16] and not union[35, 25]
+
+    dataset = SceneDataset(SceneStore(data, side), (96, 128), STRONG, seed=1)
+    scene = dataset.scenes.scene(0, np.random.default_rng(0))
+    assert scene.hidden.shape == scene.image.shape[:2] == ((90, 120) if side == 1000 else (45, 60))
+    for index in range(5):
+        rng = np.random.default_rng((1, index))
+        matrix = dataset.augmentation.draw(rng).matrix(np.array([15, 0, 105, 90]), (96, 128), 1.0, "hrnet")
+        expected = cv2.warpAffine(np.where(union, 0, 255).astype(np.uint8), matrix, (128, 96), borderValue=255) > 127
+        mask = dataset[index][3].numpy()
+        assert (mask != expected).mean() < (1e-9 if side == 1000 else 0.02) and not mask.all()
+    # nothing but the image is left out of a part of the data, and of images without anybody hidden
+    assert data.annotated.take(np.array([False])).hidden == ()
+    datasets.write_standard_coco(tmp_path / "b")
+    assert load_dataset("coco", tmp_path / "b", "val").annotated.hidden == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, [], "x", [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, float("nan")]], {"size": [90, 120], "counts": [5, 6]},
+     {"size": [120, 90], "counts": [90 * 120]}, {"size": [90, 120], "counts": [-5, 90 * 120 + 5]},
+     {"size": [90, 120], "counts": "abc"}, [[1, 2, 3, 4, 5, 6], 7]],
+)  # fmt: skip
+def test_a_person_without_a_usable_outline_hides_the_box(tmp_path, wrong):
+    datasets.write_coco(
+        tmp_path, hidden_people([RUNS, wrong, OTHER]), "annotations/person_keypoints_val2017.json", "val2017"
+    )
+    data = load_dataset("coco", tmp_path, "val")
+    scene = SceneStore(data, 1000).get(0)
+    assert data.annotated.hidden == (None,) and scene.hidden is None
+    assert scene.ignored.tolist() == [[0, 20, 40, 70], [10, 20, 50, 70], [20, 20, 60, 70]]
+
+
+def test_outlines_far_outside_the_image_take_no_time(tmp_path):
+    far = [[-1e9, -1e9, 1e9, -1e9, 1e9, 1e9]]
+    datasets.write_coco(
+        tmp_path, hidden_people([RUNS, far, far]), "annotations/person_keypoints_val2017.json", "val2017"
+    )
+    assert SceneStore(load_dataset("coco", tmp_path, "val"), 1000).get(0).hidden.shape == (90, 120)
+
+
 def test_a_mosaic_has_everybody_in_turn(coco):
     mosaics = Mosaics(CropStore(coco, 1.2, 64), (64, 80), 6)
     assert set(mosaics.grids) == {(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2)}

@@ -75,6 +75,9 @@ class AnnotatedImages:
         files: paths. sizes: int64 [I, 2], (height, width) as annotated, 0 if it is not said.
         people: everybody annotated, crowds included, in the order of `ids`; what average precision is measured against.
         category: the people's, in the annotation file and in files of results.
+        hidden: for every image the outlines of crowds and of people without labelled keypoints, put together: a mask
+            in pycocotools' run-length code, or None if there is nobody of that kind or one of them has no outline.
+            Empty if nobody has one.
     """
 
     ids: tuple[int | str, ...]
@@ -82,11 +85,16 @@ class AnnotatedImages:
     sizes: Array
     people: KeypointTruth
     category: int | str = 1
+    hidden: tuple[dict[str, Any] | None, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.files), len(self.sizes), len(self.people.image_ids)}
+        if self.hidden:
+            lengths.add(len(self.hidden))
         if len(lengths) != 1:
-            raise ValueError(f"AnnotatedImages: ids, files, sizes and people must have one length, got {lengths}")
+            raise ValueError(
+                f"AnnotatedImages: ids, files, sizes, people and hidden must have one length, got {lengths}"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -97,7 +105,8 @@ class AnnotatedImages:
             return self
         at = np.flatnonzero(chosen)
         ids, files = tuple(self.ids[i] for i in at), tuple(self.files[i] for i in at)
-        return AnnotatedImages(ids, files, self.sizes[at], self.people.of_images(chosen), self.category)
+        hidden = tuple(self.hidden[i] for i in at) if self.hidden else ()
+        return AnnotatedImages(ids, files, self.sizes[at], self.people.of_images(chosen), self.category, hidden)
 
     def read(self, i: int) -> Array:
         """Image `i`: uint8 RGB [H, W, 3], turned as the annotations want it; raises `ImageError`."""

@@ -45,6 +45,7 @@ class _Person:
     ignored: bool
     crowd: bool
     usable: bool  # for training and as a box to estimate
+    outline: dict[str, Any] | None = None  # run-length code; of those only who are hidden from training
 
 
 def read_json(path: str | Path, what: str) -> Any:
@@ -154,7 +155,7 @@ def load_coco_format(
     sizes = np.array([images[i]["size"] for i in kept], np.int64).reshape(-1, 2)
     truth = _truth(people, order, skeleton.num_keypoints, _crowd_index([images[i] for i in kept]))
     category = 1 if not categories or 1 in categories else min(categories, key=str)
-    annotated = AnnotatedImages(tuple(kept), paths, sizes, truth, category)
+    annotated = AnnotatedImages(tuple(kept), paths, sizes, truth, category, _hidden(people, order))
     if detections is not None:
         return _detected(detections, least_score, annotated, categories or {1}, skeleton, report)
 
@@ -374,7 +375,50 @@ def _person(
         area = stated_area
     elif not area_from_box:
         report.add("no area (0.53 of the box is taken)", name, wrong="area" in entry)
-    return _Person(entry["image_id"], points, box, area, crowd or stated == 0, crowd, usable)
+    outline = None if count and not crowd and stated != 0 else _outline(entry.get("segmentation"), size)
+    return _Person(entry["image_id"], points, box, area, crowd or stated == 0, crowd, usable, outline)
+
+
+def _outline(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
+    """A COCO ``segmentation``, polygons or uncompressed run lengths, as a mask in run-length code; None if it is
+    something else, or pycocotools is not installed."""
+    try:
+        from pycocotools import mask
+    except ImportError:
+        return None
+    height, width = size
+    if not height or not width:
+        return None
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
+            return None
+        if segmentation.get("size") != [height, width] or sum(counts) != height * width:
+            return None
+        return dict(mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+    if not isinstance(segmentation, list):
+        return None
+    polygons = [
+        _numbers(p, len(p)) if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 else None for p in segmentation
+    ]
+    # far outside the image pycocotools would take long
+    known = [p.clip(-max(size), 2 * max(size)).tolist() for p in polygons if p is not None]
+    if not known or len(known) < len(polygons):
+        return None
+    return dict(mask.merge(mask.frPyObjects(known, height, width)))
+
+
+def _hidden(people: list[_Person], order: dict[Any, int]) -> tuple[dict[str, Any] | None, ...]:
+    """`AnnotatedImages.hidden`; `order` gives the position of each image by its id."""
+    outlines: list[list[dict[str, Any] | None]] = [[] for _ in order]
+    for p in people:
+        if p.ignored or not (p.keypoints[:, 2] > 0).any():
+            outlines[order[p.image]].append(p.outline)
+    if not any(o is not None for here in outlines for o in here):
+        return ()
+    from pycocotools import mask
+
+    return tuple(dict(mask.merge(here)) if here and None not in here else None for here in outlines)
 
 
 def _detected(

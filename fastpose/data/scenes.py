@@ -27,13 +27,15 @@ from fastpose.skeletons import Skeleton, skeleton_to_dict
 class Scene:
     """An image uint8 [H, W, 3] RGB with N people: keypoints float32 [N, K, 2] in pixels, labelled bool [N, K].
 
-    ignored: float32 [M, 4], boxes xyxy of crowds and of people without labelled keypoints.
+    ignored: float32 [M, 4], boxes xyxy of crowds and of people without labelled keypoints, unless there is `hidden`:
+    uint8 [H, W], 255 within their outlines.
     """
 
     image: Array
     keypoints: Array
     labelled: Array
     ignored: Array
+    hidden: Array | None = None
 
 
 class Scenes(Protocol):
@@ -80,26 +82,36 @@ class SceneStore(DecodedStore[Scene]):
 
     @staticmethod
     def _bytes(item: Scene) -> int:
-        return item.image.nbytes
+        return item.image.nbytes + (0 if item.hidden is None else item.hidden.nbytes)
 
     def _load(self, i: int) -> Scene:
         data, rows = self.data, self.rows[self.files[i]]
         image = data.read(rows[0])
         keypoints, labelled, ignored = data.keypoints[rows], data.labelled[rows], np.zeros((0, 4))
+        hidden = None
         if data.annotated is not None and data.image_index is not None:
             people = data.annotated.people
             here = people.image == data.image_index[rows[0]]
             unknown = people.ignored | ~people.visible.any(1)
             # also those who are not among the people to estimate, for want of a box on the image
             keypoints, labelled = people.keypoints[here & ~unknown], people.visible[here & ~unknown]
-            x, y, width, height = people.boxes[here & unknown].T
-            ignored = np.stack([x, y, x + width, y + height], axis=1)
+            code = data.annotated.hidden[data.image_index[rows[0]]] if data.annotated.hidden else None
+            if code is not None and tuple(code["size"]) == image.shape[:2]:
+                from pycocotools import mask
+
+                hidden = np.ascontiguousarray(255 * mask.decode(code))
+            else:
+                x, y, width, height = people.boxes[here & unknown].T
+                ignored = np.stack([x, y, x + width, y + height], axis=1)
         image, ratio = reduce(image, 1.5 * self.side / min(image.shape[:2]))
+        if hidden is not None:
+            hidden = cv2.resize(hidden, image.shape[1::-1], interpolation=cv2.INTER_AREA)
         return Scene(
             np.ascontiguousarray(image),
             ((keypoints + 0.5) * ratio - 0.5).astype(np.float32),
             labelled,
             ((ignored + 0.5) * np.tile(ratio, 2) - 0.5).astype(np.float32),
+            hidden,
         )
 
 
@@ -167,8 +179,9 @@ class SceneDataset(Dataset[SceneSample]):
     """Samples (image uint8 [3, h, w], keypoints float32 [N, K, 2] in its pixels, valid bool [N, K], mask bool [h, w]).
 
     One affine map takes the whole scene to the input: the square on its shorter side, or what `augmentation` makes of
-    it, with HigherHRNet's convention (see `fastpose.geometry.whole_image_matrix`). The mask is false in the boxes of
-    `Scene.ignored`, but true around the labelled keypoints of others.
+    it, with HigherHRNet's convention (see `fastpose.geometry.whole_image_matrix`). The mask is false where
+    `Scene.hidden` is set, as in HigherHRNet's code; without outlines in the boxes of `Scene.ignored`, but then true
+    around the labelled keypoints of others. It is true beyond the image.
 
     A sample depends on (`seed`, index) only, as in `CropDataset`.
     """
@@ -203,7 +216,7 @@ class SceneDataset(Dataset[SceneSample]):
         if change.mirror:
             points, valid = points[:, skeleton.flip_indices], valid[:, skeleton.flip_indices]
         valid = valid & (points >= 0).all(2) & (points < [self.size[1], self.size[0]]).all(2)
-        mask = self._mask(apply_affine(matrix, _corners(scene.ignored)), points[valid])
+        mask = self._mask(scene, matrix, points[valid])
         return (
             torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
             torch.from_numpy(points.astype(np.float32)),
@@ -211,11 +224,13 @@ class SceneDataset(Dataset[SceneSample]):
             torch.from_numpy(mask),
         )
 
-    def _mask(self, ignored: Array, points: Array) -> Array:
+    def _mask(self, scene: Scene, matrix: Array, points: Array) -> Array:
+        if scene.hidden is not None:
+            return np.asarray(cv2.warpAffine(scene.hidden, matrix, self.size[::-1], flags=cv2.INTER_LINEAR) < 128)
         mask = np.ones(self.size, np.uint8)
-        for corners in ignored:
+        for corners in apply_affine(matrix, _corners(scene.ignored)):
             cv2.fillConvexPoly(mask, np.round(np.clip(corners, -1e4, 1e4)).astype(np.int32), 0)
-        if len(ignored):
+        if len(scene.ignored):
             for x, y in np.round(points).astype(int).tolist():
                 cv2.circle(mask, (x, y), self.AROUND, 1, -1)
         return mask.astype(bool)
