@@ -14,17 +14,23 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from fastpose.boxes import BoxesOfImage
 
 BAD_INPUT = 2
 DRAWN_BEHIND = 4  # pictures that are being written while the next poses are found
 # what the numbers of an evaluation depend on
 EVALUATION_SETTINGS = (
-    "dataset", "data", "split", "limit", "model", "weights", "predictions", "boxes", "least_score", "codec",
-    "input_size", "padding", "no_flip_shift", "nms", "nms_threshold", "keypoint_threshold", "no_flip_test", "precision",
-    "evaluator",
+    "dataset", "data", "split", "annotations", "images", "skeleton", "limit", "metric", "predictions", "evaluator",
+)  # fmt: skip
+# and without --predictions
+NETWORK_SETTINGS = (
+    "model", "weights", "boxes", "least_score", "codec", "input_size", "padding", "no_flip_shift", "nms",
+    "nms_threshold", "keypoint_threshold", "no_flip_test", "precision",
 )  # fmt: skip
 
 
@@ -58,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="image, video, folder of images or glob pattern")
     p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
     p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
-    p.add_argument("--skeleton", help="the keypoints, for weights of others that do not tell, e.g. lsp14")
+    p.add_argument(
+        "--skeleton", help="the keypoints, for weights of others that do not tell: lsp14 or a .toml or .json file"
+    )
     _add_preparation_arguments(p)
     p.add_argument("--boxes", metavar="FILE", help="JSON with person boxes by file name; instead of a detector")
     p.add_argument(
@@ -217,7 +225,8 @@ def _load_data(options: argparse.Namespace, **more: Any) -> Any:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from fastpose.boxes import read_boxes
+    from fastpose.boxes import boxes_for, read_boxes
+    from fastpose.data.datasets import find_skeleton
     from fastpose.files import write_json
     from fastpose.images import find_images
     from fastpose.pipeline import PoseEstimator
@@ -239,15 +248,18 @@ def _predict(options: argparse.Namespace) -> int:
         except ValueError as error:
             report(source, error)
     files: list[File] = []
-    boxes: list[Any] | None = [] if options.boxes else None
+    boxes: list[BoxesOfImage] | None = [] if options.boxes else None
     by_name = read_boxes(options.boxes) if options.boxes else {}
+    namesakes: dict[str, list[Path]] = {}
+    for path in dict.fromkeys(paths):
+        namesakes.setdefault(path.name, []).append(path)
     for path in dict.fromkeys(paths):
         try:
             is_video = path.suffix.lower() in SUFFIXES
             if boxes is not None:
-                known = by_name.get(str(path), by_name.get(path.name))
                 if is_video:
                     raise ValueError(f"{path}: a video cannot have --boxes, which are those of images")
+                known = boxes_for(by_name, path, namesakes[path.name])
                 if known is None:
                     raise ValueError(f"{path}: not in {options.boxes}")
                 boxes.append(known)
@@ -266,7 +278,7 @@ def _predict(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         precision=options.precision,
         flip_test=False if options.no_flip_test else None,
-        skeleton=options.skeleton,
+        skeleton=None if options.skeleton is None else find_skeleton(options.skeleton),
         **_preparation(options),
     )
     if estimator.notice and files and not options.quiet:
@@ -280,32 +292,40 @@ def _predict(options: argparse.Namespace) -> int:
     tell = not options.quiet and len(files) < 20
     of_video = 0  # poses so far
 
-    with (
-        tqdm(total=expected, unit="image", disable=options.quiet or expected < 20) as progress,
-        Drawings(output, files, options.threshold, report) as drawings,
-    ):
-        make_tracker = partial(Tracker, smooth=options.smooth) if track else None
-        everything = estimate_files(estimator, files, boxes, report, progress.update, make_tracker)
-        for found in run_ahead(drawings.draw, everything, DRAWN_BEHIND) if save_images else everything:
-            if found.poses is None:
-                if tell:
-                    tqdm.write(f"{found.path}: {found.frame} frames, {of_video} poses")
-                of_video = 0
-                continue
-            height, width = found.poses.image_size
-            number, people = len(result["images"]) + 1, len(found.poses)
-            image = {"id": number, "file_name": str(found.path), "width": width, "height": height}
-            result["images"].append(image if found.frame is None else {**image, "frame": found.frame})
-            for annotation in found.poses.to_coco(number):
-                annotation["id"] = len(result["annotations"]) + 1
-                result["annotations"].append(annotation)
-            if found.frame is not None:
-                of_video += people
-            elif tell:
-                best = f", best score {found.poses.scores.max():.2f}" if people else ""
-                tqdm.write(f"{found.path}: {people} {'person' if people == 1 else 'people'}{best}")
-
     json_path = Path(options.json) if options.json else output / "poses.json"
+    try:
+        with (
+            tqdm(total=expected, unit="image", disable=options.quiet or expected < 20) as progress,
+            Drawings(output, files, options.threshold, report) as drawings,
+        ):
+            make_tracker = partial(Tracker, smooth=options.smooth) if track else None
+            everything = estimate_files(estimator, files, boxes, report, progress.update, make_tracker)
+            for found in run_ahead(drawings.draw, everything, DRAWN_BEHIND) if save_images else everything:
+                if found.poses is None:
+                    if tell:
+                        tqdm.write(f"{found.path}: {found.frame} frames, {of_video} poses")
+                    of_video = 0
+                    continue
+                height, width = found.poses.image_size
+                number, people = len(result["images"]) + 1, len(found.poses)
+                image = {"id": number, "file_name": str(found.path), "width": width, "height": height}
+                result["images"].append(image if found.frame is None else {**image, "frame": found.frame})
+                for annotation in found.poses.to_coco(number):
+                    x, y, box_width, box_height = annotation["bbox"]
+                    more = {"area": round(box_width * box_height, 3), "iscrowd": 0}
+                    more["num_keypoints"] = sum(score > 0 for score in annotation["keypoints"][2::3])
+                    result["annotations"].append({"id": len(result["annotations"]) + 1, **annotation, **more})
+                if found.frame is not None:
+                    of_video += people
+                elif tell:
+                    best = f", best score {found.poses.scores.max():.2f}" if people else ""
+                    tqdm.write(f"{found.path}: {people} {'person' if people == 1 else 'people'}{best}")
+    except BaseException:  # what is done is not lost
+        if result["images"]:
+            result["info"]["incomplete"] = True
+            write_json(json_path, result)
+        raise
+
     if result["images"] or not errors:
         write_json(json_path, result)
         if not options.quiet:
@@ -382,6 +402,8 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
         )
     else:
         data = _load_data(options, **more)
+        if options.results and data.metric != "AP":  # now, not when everything else is done
+            raise ValueError(f"--results: only AP has results in COCO's format, the metric here is {data.metric}")
         others = not is_fastpose(resolve_weights(options.weights, options.model))
         estimator = PoseEstimator(
             options.model,
@@ -414,7 +436,8 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     if options.results:
         result.write_results(options.results)
     if options.json:
-        settings = {name: getattr(options, name) for name in EVALUATION_SETTINGS}
+        names = EVALUATION_SETTINGS + (() if options.predictions else NETWORK_SETTINGS)
+        settings = {name: getattr(options, name) for name in names}
         write_json(options.json, {**result.to_dict(), "settings": settings})
     if options.worst:
         result.write_worst(options.worst, options.worst_count)
@@ -458,6 +481,8 @@ def _export(options: argparse.Namespace) -> int:
                 raise ValueError(
                     f"{option}: weights keep their own; choose where they are used, PoseEstimator({name}=)"
                 )
+        if options.precision != "float32":
+            raise ValueError("--precision is about programs, not weights: choose where they are used")
         bits = options.bits or 16
         export_weights(model, options.output, describe_weights(checkpoint, options.model), bits)
         print(f"{options.output}: weights of {bits} bits for create_model and PoseEstimator")

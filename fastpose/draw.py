@@ -28,7 +28,7 @@ def draw_poses(image: Array, poses: Poses, threshold: float) -> Array:
     names = poses.skeleton.names
     colours = [side_colour(name) for name in names]
     bits = 4  # fractional bits of cv2's coordinates
-    limit = 2**15
+    limit = 2**20
     numbers = np.zeros(len(poses), int) if poses.track_ids is None else poses.track_ids
     people = zip(poses.keypoints, poses.keypoint_scores, poses.boxes, numbers, strict=True)
     for points, scores, box, number in people:

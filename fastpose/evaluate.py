@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +144,7 @@ def evaluate(
     if estimator.skeleton.names != data.skeleton.names:
         raise ValueError(f"the weights have skeleton {estimator.skeleton.name!r}, the data set {data.skeleton.name!r}")
     check_metric(data)
+    data = dataclasses.replace(data, report=copy.deepcopy(data.report))  # the caller's stays as it is
     codec = estimator.info.codec
     if isinstance(codec, AssociativeEmbeddingCodec):
         return _evaluate_whole_images(estimator, data, evaluator, quiet, share)

@@ -14,9 +14,15 @@ from typing import Any
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file to write, moved to `path` if no exception ends the context. Missing parent folders are created.
 
-    It lies beside `path` and keeps its suffix, which some writers choose their format by.
+    It lies beside `path` and keeps its suffix, which some writers choose their format by. A symbolic link stays one:
+    the file that it names is replaced. What is no file, a pipe or a device, is written to as it is.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 CONVENTIONS = ("fastpose", "hrnet", "udp")
+MOST_PIXELS = 2**15 - 1  # a side from here on is too long for cv2.warpAffine in OpenCV 4
 
 
 def crop_matrix(
@@ -141,7 +142,8 @@ def warp_crop(image: Array, matrix: Array, size: tuple[int, int], antialias: boo
 
     height, width = size
     zoom = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
-    if antialias and zoom < 1 / 1.5:
+    reducing = antialias and zoom < 1 / 1.5
+    if reducing or max(image.shape[:2]) >= MOST_PIXELS:
         corners = np.array([[-1, -1], [width, -1], [width, height], [-1, height]], np.float64)
         corners = apply_affine(invert_affine(matrix), corners)
         x1, y1 = np.maximum(np.floor(corners.min(0)).astype(int), 0)
@@ -149,6 +151,8 @@ def warp_crop(image: Array, matrix: Array, size: tuple[int, int], antialias: boo
         if x2 - x1 < 1 or y2 - y1 < 1:
             return np.zeros((height, width, 3), np.uint8)
         part = image[y1:y2, x1:x2]
+        if not reducing and max(part.shape[:2]) < MOST_PIXELS:
+            zoom = 1.0  # the part is enough
         small = (max(1, round(part.shape[1] * zoom)), max(1, round(part.shape[0] * zoom)))
         image = cv2.resize(part, small, interpolation=cv2.INTER_AREA)
         # full-resolution pixel x is at (x - x1 + 0.5) * ratio - 0.5 of the reduced part

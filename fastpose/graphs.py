@@ -76,7 +76,7 @@ def fold_batch_norms(model: nn.Module, size: tuple[int, int] | None = None) -> n
     multiple = int(getattr(model, "input_multiple", 32))
     parameter = next(model.parameters())
     example = torch.zeros(1, 3, *(size or (2 * multiple, 2 * multiple)), dtype=parameter.dtype, device=parameter.device)
-    with torch.no_grad():
+    with EXPORTING, torch.no_grad():
         exported = torch.export.export(model, (example,))
     owner = {k: v.rpartition(".")[0] for k, v in exported.graph_signature.inputs_to_parameters.items()}
     calls = Counter(owner.get(n.args[1].name) for n in exported.graph.nodes if _has_weight(n))
@@ -110,6 +110,9 @@ def _folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
     weight, bias = fold_batch_norm(weight, gamma, beta, mean, var, norm.eps)
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
+
+# torch.export keeps what it is at in global variables: one at a time, whichever thread asks
+EXPORTING = threading.RLock()
 
 _Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
 

@@ -128,6 +128,10 @@ def to_rgb(image: Any, channel_order: str) -> Array:
     if isinstance(image, (str, Path)):
         return read_image(image)
     if type(image).__module__.partition(".")[0] == "PIL":
+        if image.mode in ("I", "F"):  # Pillow would cut off all above 255, whatever the range is
+            raise ImageError(
+                f"PIL image of mode {image.mode!r} has no known range; scale it to 0..255 and convert to 'L'"
+            )
         try:
             deep = image.mode.startswith("I;16")  # convert would cut off all above 255
             image = np.asarray(image).astype(np.uint16) if deep else np.asarray(image.convert("RGB"))

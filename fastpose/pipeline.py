@@ -205,9 +205,11 @@ class PoseEstimator:
             self.not_optimized = WHY_NOT
         self._crops_until_optimized = math.inf if optimize or self.not_optimized else OPTIMIZE_AFTER
         self.bottom_up = isinstance(self.info.codec, AssociativeEmbeddingCodec)
+        if self.bottom_up and (padding is not None or callable(detector) or detector == "hog"):
+            raise ValueError(f"{self.model_name} finds people itself: it takes neither a detector nor padding")
         self.detector, self.notice = make_detector("none" if self.bottom_up else detector)
         self.own_detector = callable(detector) and not self.bottom_up
-        self.try_whole_image = not self.bottom_up and isinstance(detector, str) and detector == "auto"
+        self.try_whole_image = isinstance(detector, str) and detector == "auto" and self.detector is not whole_image
         self.batch_size = batch_size
         self.flip_test = self.info.flip_test if flip_test is None else flip_test
         self.nms, self.nms_threshold = nms, nms_threshold
@@ -295,7 +297,16 @@ class PoseEstimator:
                 done.append(begun.popleft())
             yield from self._results(done)
 
-        for job in jobs:
+        failure: Exception | None = None
+        source = iter(jobs)
+        while True:
+            try:
+                job = next(source)
+            except StopIteration:
+                break
+            except Exception as error:  # raised when the poses in all images before have been given
+                failure = error
+                break
             self._optimize_once_it_pays(len(job.matrices) * (WHOLE_IMAGE if self.bottom_up else 1))
             begun.append(job)
             crops += [(job, i) for i in range(len(job.matrices))]
@@ -305,6 +316,8 @@ class PoseEstimator:
         while crops:
             crops = self._estimate_batch(crops, step)
         yield from finished()
+        if failure is not None:
+            raise failure
 
     def _estimate_batch(self, crops: list[tuple[_Job, int]], step: int) -> list[tuple[_Job, int]]:
         """Take the first crop and up to `step` - 1 more of its size through the network; returns the others."""
@@ -397,7 +410,7 @@ class PoseEstimator:
         job.boxes = box_array(found, "the detector's boxes")
         job.box_scores = np.ones(len(job.boxes), np.float32)
         if scores is not None:
-            scores = scores.detach().cpu().numpy() if isinstance(scores, Tensor) else scores
+            scores = scores.detach().cpu().float().numpy() if isinstance(scores, Tensor) else scores
             job.box_scores = np.array(scores, np.float32).reshape(-1)
             if len(job.box_scores) != len(job.boxes):
                 raise BoxError(f"the detector returned {len(job.boxes)} boxes and {len(job.box_scores)} scores")
@@ -508,10 +521,13 @@ def _pairs(images: Iterable[Any], boxes: Iterable[Any] | None) -> Iterable[tuple
 
 
 def _copied(value: Any) -> Any:
-    """A copy of an array, tensor or PIL image; anything else as it is."""
+    """A copy of an array, tensor, PIL image or list of boxes; anything else, like a path, as it is."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return value.copy() if hasattr(value, "copy") else value
+    if isinstance(value, (list, tuple)):
+        return [_copied(v) for v in value]
+    is_pixels = isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] == "PIL"
+    return value.copy() if is_pixels else value
 
 
 def _all_poses(results: Results) -> list[Poses]:
@@ -594,7 +610,8 @@ def check_boxes(boxes: Any, height: int, width: int, what: str = "boxes") -> Arr
 def box_array(boxes: Any, what: str = "boxes") -> Array:
     """`boxes` as float32 [P, 4], whatever the numbers; raises BoxError for anything else."""
     if hasattr(boxes, "detach"):
-        boxes = boxes.detach().cpu().numpy()
+        boxes = boxes.detach().cpu()
+        boxes = (boxes.float() if boxes.is_floating_point() else boxes).numpy()  # which has no bfloat16
     try:
         array = np.array(boxes, np.float32)  # a copy: it becomes part of the results
     except (TypeError, ValueError, OverflowError):

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from fastpose.graphs import Graphed
+from fastpose.graphs import EXPORTING, Graphed
 from fastpose.layers import check_images, fold_batch_norm
 from fastpose.ops import _backend, run_plan, set_fused
 
@@ -281,7 +281,7 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
         with _refusing(f"{name} cannot be copied and run on images {list(example.shape)}"):
             reference = set_fused(copy.deepcopy(model).eval(), False)
             kind = _kind(name, reference(example.clone()))  # it may write into its input
-        with _refusing(f"{name} cannot be exported by PyTorch"):
+        with _refusing(f"{name} cannot be exported by PyTorch"), EXPORTING:
             exported = torch.export.export(reference, (example,))
         # Of other sizes too, where what was taken from the example, like the size of a pooling, is wrong.
         larger = [(multiple, 2 * multiple)] if multiple > 1 else [(32, 64), (33, 31)]

@@ -16,7 +16,7 @@ from fastpose.skeletons import Skeleton
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Poses:
     """The P people found in one image; P = 0 is a normal answer.
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fastpose.boxes import BoxesOfImage
 from fastpose.images import Array, ImageError, read_image
 from fastpose.pipeline import PoseEstimator
 from fastpose.poses import Poses
@@ -35,15 +38,16 @@ class Found:
 def estimate_files(
     estimator: PoseEstimator,
     files: Sequence[File],
-    boxes: Sequence[Any] | None,
+    boxes: Sequence[BoxesOfImage] | None,
     report: Report,
     advance: Callable[[], object],
     make_tracker: Callable[[float], Tracker] | None = None,
 ) -> Iterator[Found]:
     """What is found in `files`, in order.
 
-    `boxes`: one entry per file, for images only. `report` is told of what cannot be used, `advance` is called for every
-    image and frame. `make_tracker` makes of its frames per second what a video's poses go through.
+    `boxes`: one entry per file, for images only; their scores go into those of the poses. `report` is told of what
+    cannot be used, `advance` is called for every image and frame. `make_tracker` makes of its frames per second what a
+    video's poses go through.
     """
     asked: deque[Found] = deque()  # not answered yet
     videos = {file.path: file for file in files if isinstance(file, Video)}
@@ -69,11 +73,15 @@ def estimate_files(
 
     # of a list the estimator knows the length, and treats all of it alike
     given: Any = images() if any(isinstance(file, Video) for file in files) else list(images())
-    for poses in estimator.stream(given, boxes):
+    scores = None if boxes is None else iter([np.asarray(entry.scores, np.float32) for entry in boxes])
+    for poses in estimator.stream(given, None if boxes is None else [entry.boxes for entry in boxes]):
         yield from ends()
         item = asked.popleft()
         advance()
+        of_boxes = None if scores is None else next(scores)
         if isinstance(poses, Poses):
+            if of_boxes is not None:
+                poses = replace(poses, scores=poses.scores * of_boxes)
             if item.path in trackers and item.frame is not None:
                 poses = trackers[item.path](poses, item.frame / videos[item.path].fps)
             yield replace(item, poses=poses)

@@ -89,10 +89,12 @@ def write_video(path: str | Path, fps: float, size: tuple[int, int]) -> Iterator
         writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
 
     height, width = (side + side % 2 for side in size)
+    # MPEG-4 counts time in parts of a second, of which there are 65535 at most
+    fps = round(fps, next((digits for digits in (3, 2, 1) if fps * 10**digits <= 65535), 0))
     with replacing(path) as temporary:
         writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
         if not writer.isOpened():
-            what = f"with suffix {path.suffix!r} and {width} x {height} pixels"
+            what = f"with suffix {path.suffix!r}, {width} x {height} pixels and {fps:g} frames per second"
             raise ValueError(f"{path}: OpenCV cannot write a video {what}")
         try:
             yield add

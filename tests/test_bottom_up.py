@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -238,3 +239,29 @@ def test_network_and_codec_belong_together(tmp_path):
     torch.save(fastpose.create_model("hrnet_w32_ae", num_keypoints=14).state_dict(), tmp_path / "b.pth")
     with pytest.raises(ValueError, match="have 14 keypoints, but do not say which"):
         PoseEstimator("hrnet_w32_ae", tmp_path / "b.pth")
+
+
+@pytest.fixture
+def small_network(tmp_path):
+    torch.save(fastpose.create_model("lightweight_hrnet_448", num_keypoints=17).state_dict(), tmp_path / "a.pth")
+    return lambda flip_test: PoseEstimator(
+        "lightweight_hrnet_448", tmp_path / "a.pth", input_size=(64, 64), flip_test=flip_test
+    )
+
+
+def test_the_flip_test_sees_the_mirrored_image(small_network, photo):
+    pose = small_network(True)
+    seen, network = [], pose.model
+    pose.model = lambda x: seen.append(x.clone()) or network(x)
+    pose(photo)
+    assert len(seen) == 2 and torch.equal(seen[0], seen[1].flip(3)) and not torch.equal(*seen)
+
+
+def test_weights_of_others_see_images_as_they_were_trained_with(small_network, photo, monkeypatch):
+    pose, seen = small_network(False), []
+    forward = pose._forward
+    monkeypatch.setattr(pose, "_forward", lambda crops: seen.append(crops) or forward(crops))
+    pose(photo)
+    matrix, (height, width) = whole_image_matrix(photo.shape[:2], 64)
+    expected = cv2.warpAffine(photo, matrix, (width, height), flags=cv2.INTER_LINEAR)
+    assert (seen[0][0].permute(1, 2, 0).numpy() == expected).all()

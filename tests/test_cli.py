@@ -20,6 +20,7 @@ from fastpose.checkpoints import read_info
 from fastpose.cli import main
 from fastpose.codecs import get_codec
 from fastpose.export import ExportError, export_onnx, export_torchscript
+from fastpose.files import write_json
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
 from fastpose.models import create_model
 from fastpose.pipeline import PoseEstimator, estimate_crops
@@ -136,6 +137,64 @@ def test_wrong_boxes_files(folder, content, message):
     with pytest.raises(ValueError) as error:
         read_boxes(folder / "boxes.json")
     assert message in str(error.value) and "boxes.json" in str(error.value)
+
+
+def test_boxes_of_people_with_their_scores(folder, photo, capsys, monkeypatch):
+    """Of a COCO file: no crowds, no cars; scores of boxes count; names by as much of the path as it takes."""
+    monkeypatch.chdir(folder)
+    for name in ("x", "y"):
+        (folder / name).mkdir()
+        cv2.imwrite(str(folder / name / "1.png"), photo)
+    box = {"image_id": 7, "bbox": [10, 10, 200, 200]}
+    content = {
+        "images": [{"id": 7, "file_name": "x/1.png"}, {"id": 8, "file_name": "1.png"}],
+        "annotations": [{**box, "category_id": 1}, {**box, "category_id": 3},
+                        {**box, "category_id": 1, "iscrowd": 1},
+                            {**box, "category_id": 1, "score": 0.5, "bbox": [50, 0, 90, 90]}],
+        "categories": [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}],
+    }  # fmt: skip
+    (folder / "b.json").write_text(json.dumps(content))
+    assert main(["predict", "x", "--boxes", "b.json", "--quiet"]) == 0
+    got = json.loads((folder / "poses" / "poses.json").read_text())["annotations"]
+    assert [a["bbox"] for a in got] == [[10, 10, 200, 200], [50, 0, 90, 90]]
+    poses = PoseEstimator(detector="none")("x/1.png", [[10, 10, 210, 210], [50, 0, 140, 90]])
+    assert np.allclose([a["score"] for a in got], poses.scores * [1, 0.5], atol=2e-5) and poses.scores[1] > 0.05
+    assert [(a["iscrowd"], a["area"], a["num_keypoints"]) for a in got] == [(0, 40000, 14), (0, 8100, 14)]
+
+    assert main(["predict", "x", "y", "--boxes", "b.json", "--quiet"]) == 0  # y/1.png: the other entry, without boxes
+    del content["images"][0], content["annotations"][:]
+    (folder / "b.json").write_text(json.dumps(content))
+    assert main(["predict", "x", "y", "--boxes", "b.json", "--quiet"]) == 2
+    assert "x/1.png: '1.png' may be y/1.png as well; give more of the path" in capsys.readouterr().err
+    (folder / "b.json").write_text('[{"file_name": "1.png", "bbox": [1, 2, 3, 4], "score": NaN}]')
+    assert main(["predict", "x", "--boxes", "b.json"]) == 2
+    assert "score must be finite" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_what_it_has(folder, photo, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+
+    def estimate(estimator, files, *args):
+        yield predict.Found(files[0], poses=estimator(photo))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastpose.predict.estimate_files", estimate)
+    assert main(["predict", "in", "--quiet"]) == 130
+    content = json.loads((folder / "poses" / "poses.json").read_text())
+    assert content["info"]["incomplete"] and len(content["images"]) == len(content["annotations"]) == 1
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("there/old.json")
+    write_json(tmp_path / "link.json", [1])
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "there" / "old.json").read_text()) == [1]
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
+    write_json(tmp_path / "pipe", [2])
+    assert json.loads(reader.communicate(timeout=20)[0]) == [2] and (tmp_path / "pipe").is_fifo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "pipe", "there"]
 
 
 def test_wrong_arguments(folder):

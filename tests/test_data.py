@@ -518,3 +518,10 @@ def test_annotations_as_a_dict_need_no_images(tmp_path):
     content = datasets.coco_content(COCO17.names)
     data = load_coco_format(content, [tmp_path], COCO17, keep_missing=True)
     assert len(data) == 10 and kinds(data.report) == {"image file missing": 6}
+
+
+def test_boxes_end_with_the_image(tmp_path):
+    content = datasets.write_standard_coco(tmp_path)
+    content["annotations"][0]["bbox"] = [-10, -5, 300, 400]
+    (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
+    assert load_dataset("coco", tmp_path, "val").boxes[0].tolist() == [0, 0, 119, 89]

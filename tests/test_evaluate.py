@@ -12,13 +12,14 @@ import pytest
 
 from fastpose.average_precision import average_precision_pycocotools
 from fastpose.codecs import SoftmaxHeatmapCodec
-from fastpose.data import PoseData, from_results, load_dataset
+from fastpose.data import PoseData, from_results, load_dataset, to_results
 from fastpose.evaluate import evaluate, to_text
+from fastpose.metrics import torso_lengths
 from fastpose.pipeline import PoseEstimator
 from fastpose.poses import Poses
 from fastpose.scoring import score_poses
 from fastpose.sheets import Case, contact_sheet
-from fastpose.skeletons import COCO17
+from fastpose.skeletons import COCO17, LSP14
 from tests import datasets
 
 
@@ -308,3 +309,117 @@ def test_bottom_up(tmp_path):
     single = replace(data, annotated=None, image_index=None, metric="PCK@0.2")
     with pytest.raises(ValueError, match="finder finds people itself, which is scored with annotations of everybody"):
         evaluate(finder, single)
+
+
+@pytest.fixture
+def coco_data(tmp_path):
+    datasets.write_standard_coco(tmp_path)
+    return load_dataset("coco", tmp_path, "val")
+
+
+def test_scores_of_people_are_those_of_sure_keypoints_and_boxes(tmp_path, coco_data):
+    seen = np.full((10, 17), 0.15)
+    seen[:, :4] = 0.3
+    assert score_poses(coco_data, coco_data.keypoints, seen).results[0]["score"] == pytest.approx(0.3)
+    found = [{"image_id": 10, "bbox": [5, 5, 50, 50], "score": 0.4}]
+    detected = load_dataset("coco", tmp_path, "val", detections=found)
+    score = score_poses(detected, np.zeros((1, 17, 2)), np.full((1, 17), 0.5))
+    assert score.results[0]["score"] == pytest.approx(0.2)
+
+
+def test_hard_nms_counts_unsure_keypoints(coco_data):
+    twice = coco_data.take(np.array([0, 0]))
+    keypoints, seen = twice.keypoints.copy(), np.full((2, 17), 0.9)
+    keypoints[1, 5:] += 500.0
+    seen[1, 5:] = 0.1
+    assert len(score_poses(twice, keypoints, seen).results) == 2
+
+
+def test_settings_reach_the_scoring(coco_data, monkeypatch):
+    given = {}
+    monkeypatch.setattr("fastpose.evaluate.score_poses", lambda *a, **s: given.update(s) or score_poses(*a, **s))
+    evaluate(Oracle(coco_data), coco_data)
+    assert given["keypoint_threshold"] == 0.2 and given["nms_threshold"] is None
+    evaluate(Oracle(coco_data), coco_data, nms_threshold=0.3, keypoint_threshold=0.05)
+    assert given["keypoint_threshold"] == 0.05 and given["nms_threshold"] == 0.3
+    width, height = (coco_data.boxes[:, 2:] - coco_data.boxes[:, :2]).T
+    assert np.allclose(given["crop_areas"], (np.maximum(height, width * 64 / 48) * 1.25) ** 2 * 48 / 64, rtol=1e-5)
+
+
+def test_settings_of_the_command_line_reach_the_evaluation(tmp_path, monkeypatch):
+    from fastpose.cli import main
+
+    datasets.write_standard_coco(tmp_path)
+    given = {}
+
+    def load(*args, **settings):
+        given.update(settings)
+        return SimpleNamespace(metric="AP", skeleton=COCO17)
+
+    def run(*args, **settings):
+        given.update(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("fastpose.data.load_dataset", load)
+    monkeypatch.setattr("fastpose.evaluate.evaluate", run)
+    command = ["evaluate", str(tmp_path), "--dataset", "coco", "--boxes", "d.json", "--least-score", "0.6", "--nms"]
+    assert main([*command, "soft", "--nms-threshold", "0.3", "--keypoint-threshold", "0.05"]) == 2
+    assert (given["detections"], given["least_score"], given["nms"]) == ("d.json", 0.6, "soft")
+    assert (given["nms_threshold"], given["keypoint_threshold"]) == (0.3, 0.05)
+
+
+def test_pck_counts_to_a_fifth_of_the_torso(tmp_path):
+    datasets.write_standard_coco(tmp_path)
+    data = load_dataset("coco", tmp_path, "val", metric="PCK@0.2")
+    lengths = np.nan_to_num(torso_lengths(data.keypoints, data.labelled, COCO17))
+    for share, value in ((0.19, 100), (0.21, 0)):
+        moved = data.keypoints + lengths[:, None, None] * np.array([share, 0])
+        assert score_poses(data, moved, np.ones((10, 17))).value == value
+    keypoints, at = np.zeros((1, 14, 2)), LSP14.names.index
+    keypoints[0, at("right_hip")], keypoints[0, at("left_hip")] = [30, 40], [0, 100]
+    assert torso_lengths(keypoints, np.ones((1, 14), bool), LSP14) == 75  # the mean of both diagonals
+
+
+def test_pckh_counts_to_half_and_a_tenth_of_the_head(tmp_path):
+    datasets.write_mpii(tmp_path)
+    data = load_dataset("mpii", tmp_path, "val")
+    for share, expected in ((0.09, [100, 100, 100]), (0.105, [100, 0, 100]), (0.49, [100, 0, 0]), (0.51, [0, 0, 0])):
+        moved = data.keypoints + data.head_sizes[:, None, None] * np.array([share, 0])
+        assert list(score_poses(data, moved, np.ones((6, 16))).numbers.values()) == expected
+
+
+def test_the_worst_are_drawn(coco_data, monkeypatch):
+    oracle, drawn = Oracle(coco_data), []
+    for n, box in enumerate(list(oracle.known)):
+        oracle.known[box] = oracle.known[box] + n
+    result = evaluate(oracle, coco_data, nms="none")
+    monkeypatch.setattr("fastpose.evaluate.contact_sheet", lambda cases, *rest: drawn.extend(cases))
+    result.worst(3)
+    assert [c.caption[:8] for c in drawn] == [f"OKS {q:.2f}" for q in np.sort(result.score.quality)[:3]]
+
+
+def test_areas_of_results_are_those_of_their_keypoints(coco_data):
+    ones = np.ones((10, 17)), np.ones(10)
+    entries = to_results(coco_data.annotated, coco_data.image_index, coco_data.keypoints, *ones)
+    areas = from_results(entries, coco_data.annotated).areas
+    assert np.allclose(areas, np.ptp(coco_data.keypoints, axis=1).prod(1), rtol=1e-3)
+
+
+def test_numbers_are_told_in_percent(coco_data):
+    assert f"{'AP':<16}{100.0:6.1f}" in to_text(evaluate(Oracle(coco_data), coco_data).score)
+
+
+def test_evaluating_does_not_change_the_data(tmp_path, coco_data):
+    (tmp_path / "val2017" / "002.png").write_bytes(b"broken")
+    counts = [evaluate(Oracle(coco_data), coco_data).report.findings["image cannot be read"].count for _ in range(2)]
+    assert counts == [1, 1] and not coco_data.report.findings
+
+
+def test_results_of_another_metric_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    from fastpose.cli import main
+
+    datasets.write_standard_coco(tmp_path)
+    monkeypatch.setattr("fastpose.evaluate.evaluate", None)
+    command = ["evaluate", str(tmp_path), "--dataset", "coco", "--metric", "PCK@0.2", "--results"]
+    assert main([*command, str(tmp_path / "r.json")]) == 2
+    assert "--results: only AP has results in COCO's format, the metric here is PCK@0.2" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ import fastpose
 from fastpose import BoxError, ImageError, PoseEstimator, Poses
 from fastpose.checkpoints import DEFAULT_WEIGHTS, read_info, resolve_weights, save_weights
 from fastpose.detect import HOG_MISSING, hog_available, make_detector
+from fastpose.geometry import crop_matrix, warp_crop
 from fastpose.images import find_images, read_image, to_rgb
 from fastpose.ops import oks_nms, use_fused
 from fastpose.pipeline import OPTIMIZE_AFTER
@@ -455,3 +457,105 @@ def test_reduced_precision_moves_keypoints_a_little(photo):
     for precision in ("bfloat16", "int8"):
         moved = np.abs(PoseEstimator(detector="none", precision=precision)(photo).keypoints - exact)
         assert moved.max() > 0 and np.median(moved) < 0.5  # an uncertain keypoint may jump
+
+
+@needs_kernels
+def test_estimators_of_two_threads_optimise_at_once():
+    """torch.export itself is not made for that."""
+    estimators = [PoseEstimator("mobileposenet", detector="none") for _ in range(2)]
+    threads = [threading.Thread(target=e.prepare, args=(1000,)) for e in estimators]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [e.not_optimized for e in estimators] == ["", ""]
+    assert [type(e.model).__name__ for e in estimators] == ["Optimized", "Optimized"]
+
+
+def test_without_a_detector_every_image_is_estimated_once(photo, monkeypatch):
+    monkeypatch.setattr("fastpose.detect.hog_available", lambda: False)
+    monkeypatch.setattr("fastpose.detect._hog", lambda: (_ for _ in ()).throw(ImportError(HOG_MISSING)))
+    pose, crops = PoseEstimator(), []
+    forward = pose._forward
+    monkeypatch.setattr(pose, "_forward", lambda batch: (crops.append(len(batch)), forward(batch))[1])
+    assert HOG_MISSING in pose.notice and len(pose(photo)) == 1 and crops == [1]
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_crops_of_images_too_large_for_opencv(antialias):
+    """OpenCV 4 warps images of less than 2^15 - 1 pixels per side; the crop is that of the part under it."""
+    image = np.random.default_rng(0).integers(0, 256, (150, 33000, 3), np.uint8)
+    for x, scale in ((0, 1.0), (32800, 1.0), (16000, 0.9), (20000, 3.0)):
+        box = np.array([x + 3, 20, x + 3 + 60 * scale, 20 + 80 * scale])
+        matrix = crop_matrix(box, (64, 48), 1.25)
+        first = max(x - 300, 0)
+        part = np.ascontiguousarray(image[:, first : first + 1000])
+        shifted = matrix @ np.array([[1, 0, first], [0, 1, 0], [0, 0, 1.0]])
+        expected = warp_crop(part, shifted, (64, 48), antialias).astype(int)
+        assert np.abs(warp_crop(image, matrix, (64, 48), antialias) - expected).max() <= 1
+    whole = crop_matrix(np.array([0, 0, 33000, 150]), (64, 48), 1.25)
+    assert warp_crop(image, whole, (64, 48), antialias).shape == (64, 48, 3)  # a sixth of a pixel high
+    far = np.full((1, 14, 2), 32900.0)
+    far[..., 1] = 75
+    poses = Poses(far, np.ones((1, 14)), np.array([[32800, 10, 32990, 140]]), np.ones(1), (150, 33000), LSP14)
+    assert (poses.draw(image)[:, 32890:32910] != image[:, 32890:32910]).any()
+
+
+def test_numbers_of_a_detector_in_bfloat16(photo):
+    boxes = torch.tensor([[8.0, 16, 160, 224]], dtype=torch.bfloat16)
+    pose = PoseEstimator(detector=lambda image: (boxes, torch.ones(1, dtype=torch.bfloat16)))
+    expected = PoseEstimator(detector="none")(photo, [[8, 16, 160, 224]])
+    for poses in (pose(photo), pose(photo, boxes), *pose.stream([photo])):
+        assert np.array_equal(poses.keypoints, expected.keypoints)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pil_images_whose_range_nobody_knows(mode):
+    with pytest.raises(ImageError, match=f"PIL image of mode '{mode}' has no known range"):
+        to_rgb(PIL.Image.new(mode, (8, 8)), "rgb")
+
+
+def test_poses_can_be_looked_for(estimator, photo):
+    first, second = estimator([photo, photo])
+    assert first in [second, first] and first != second and len({first, second, first}) == 2
+
+
+def test_bottom_up_networks_take_no_detector():
+    for wrong in ({"detector": "hog"}, {"detector": lambda image: []}, {"padding": 2.0}):
+        with pytest.raises(ValueError, match="finds people itself: it takes neither a detector nor padding"):
+            PoseEstimator("lightweight_hrnet_448", **wrong)
+
+
+def test_nms_is_given_what_was_asked_for(photo, monkeypatch):
+    calls = []
+    monkeypatch.setattr("fastpose.pipeline.oks_nms", lambda *a, **s: calls.append((a, s)) or oks_nms(*a, **s))
+    found = np.array([[20, 10, 200, 220], [150, 40, 300, 220]]), np.array([0.5, 0.25])
+    PoseEstimator(detector=lambda image: found, nms_threshold=0.3, keypoint_threshold=0.05)(photo)
+    (_, _, _, areas, sigmas), settings = calls[0]
+    assert areas.tolist() == [180 * 210, 150 * 180] and torch.allclose(sigmas, torch.tensor(LSP14.sigmas))
+    assert settings["threshold"] == 0.3 and settings["keypoint_threshold"] == 0.05
+
+
+def test_scores_contain_those_of_the_detector(photo):
+    one, half = (
+        PoseEstimator(detector=lambda image, s=s: ([[20, 10, 200, 220]], [s]), keypoint_threshold=0.0)(photo)
+        for s in (1.0, 0.5)
+    )
+    assert one.scores[0] > 0 and half.scores == pytest.approx(one.scores / 2)
+
+
+def test_order_of_channels(photo):
+    """PIL images are RGB whatever the arrays are; alpha comes last in both orders."""
+    bgr = PoseEstimator(detector="none", channel_order="bgr")
+    expected = PoseEstimator(detector="none")(photo).keypoints
+    assert np.array_equal(bgr(PIL.Image.fromarray(photo)).keypoints, expected)
+    alpha = np.full(photo.shape[:2], 7, np.uint8)
+    assert np.array_equal(bgr(np.dstack([photo[:, :, ::-1], alpha])).keypoints, expected)
+
+
+def test_colours_tell_left_from_right(photo):
+    points, scores = np.full((1, 14, 2), 50.0), np.zeros((1, 14))
+    scores[0, LSP14.names.index("left_wrist")] = 0.5
+    poses = Poses(points, scores, np.array([[0, 0, 99, 99]]), np.ones(1), photo.shape[:2], LSP14)
+    blank = np.zeros_like(photo)
+    assert not poses.draw(blank, 0.6).any() and tuple(poses.draw(blank, 0.4)[50, 50]) == (30, 120, 255)

@@ -525,3 +525,12 @@ def test_what_does_not_go_together(tmp_path, capsys):
     ):
         assert main([*base, "stages=[{size=[64,64],epochs=1,batch_size=2}]", *settings]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_mirrored_people_exchange_their_sides(coco):
+    """HigherHRNet's convention mirrors about the middle of an image whose centre is at half its width."""
+    store = SceneStore(coco, 128)
+    (_, p, v, _), (_, q, w, _) = (SceneDataset(store, (128, 128), Augmentation(mirror=m))[0] for m in (0.0, 1.0))
+    both = w & v[:, COCO17.flip_indices]
+    expected = (p * torch.tensor([-1, 1]) + torch.tensor([128, 0]))[:, COCO17.flip_indices]
+    assert both.sum() > 10 and torch.allclose(q[both], expected[both], atol=1e-3)

@@ -225,3 +225,47 @@ def test_decoders_are_silenced_in_all_threads(tmp_path):
 
     list(run_ahead(read, range(200), 50, 8))
     assert cv2.utils.logging.getLogLevel() == level
+
+
+def test_a_source_that_fails_costs_nothing_that_came_before(estimator, photo):
+    def camera():
+        yield from [photo] * 7
+        raise OSError("unplugged")
+
+    got = []
+    with pytest.raises(OSError, match="unplugged"):
+        for poses in estimator.stream(camera()):
+            got.append(poses)
+    assert [len(poses) for poses in got] == [1] * 7
+
+    def numbers():
+        yield from range(5)
+        raise OSError("unplugged")
+
+    got.clear()
+    with pytest.raises(OSError, match="unplugged"):
+        for number in run_ahead(lambda n: 2 * n, numbers(), 3):
+            got.append(number)
+    assert got == [0, 2, 4, 6, 8] and not own_threads()
+
+
+def test_paths_of_a_generator_are_not_copied(estimator, photo, tmp_path):
+    """Paths of Python 3.14 have a method of that name, which copies the file."""
+
+    class Path314(type(tmp_path)):
+        def copy(self, target):
+            raise AssertionError("a path is no image")
+
+    cv2.imwrite(str(tmp_path / "a.png"), photo)
+    assert len(list(estimator.stream(Path314(p) for p in [tmp_path / "a.png"]))[0]) == 1
+
+
+def test_boxes_in_a_list_that_is_used_again(estimator, photo):
+    def boxes():
+        entry = [[10, 10, 100, 200]]
+        for i in range(6):
+            entry[0][0] = 10 * i
+            yield entry
+
+    got = [poses.boxes[0, 0] for poses in estimator.stream((photo for _ in range(6)), boxes())]
+    assert got == [0, 10, 20, 30, 40, 50]

@@ -235,3 +235,9 @@ def test_a_tracked_video(tmp_path, capsys, monkeypatch):
     cv2.imwrite("photo.png", photo)
     assert main(["predict", "photo.png", "--track"]) == 2
     assert "--track and --smooth are for videos, of which there is none here" in capsys.readouterr().err
+
+
+def test_track_counts_in_seconds():
+    frames, by_hand = [people((i, 0)) for i in range(5)], Tracker(25)
+    expected = [by_hand(frame, i / 25).keypoints for i, frame in enumerate(frames)]
+    assert np.array_equal([poses.keypoints for poses in track(frames, 25)], expected)

@@ -28,11 +28,18 @@ from fastpose.codecs import DarkHeatmapCodec, MSRAHeatmapCodec, SoftmaxHeatmapCo
 from fastpose.config import read_config
 from fastpose.data import load_dataset, load_lspet
 from fastpose.data.base import boxes_of_keypoints
-from fastpose.data.crops import Augmentation, CropDataset, CropStore, ResumableBatches, half_body_box
-from fastpose.geometry import crop_matrix
+from fastpose.data.crops import (
+    Augmentation,
+    CropDataset,
+    CropStore,
+    ResumableBatches,
+    change_colours,
+    half_body_box,
+)
+from fastpose.geometry import apply_affine, crop_matrix
 from fastpose.metrics import pck, torso_lengths
 from fastpose.skeletons import COCO17, LSP14
-from fastpose.train import Optimizer, Schedule, Stage, TrainConfig, _create_model, train
+from fastpose.train import Average, Optimizer, Schedule, Stage, TrainConfig, _create_model, train
 from fastpose.training.muon import Muon
 from fastpose.training.samples import check_validation, make_dataset, open_store
 from fastpose.training.teacher import Teacher
@@ -685,3 +692,104 @@ def test_half_body_box_is_that_of_hrnet():
     assert np.array_equal(half_body_box(keypoints, labelled, LSP14, False, whole, 1.5), upper)
     labelled[4:6] = False  # eight labels in all are too few
     assert half_body_box(keypoints, labelled, LSP14, True, whole, 1.5) is whole
+
+
+def test_mirrored_labels_are_those_of_the_other_side(lspet):
+    store = CropStore(load_lspet(lspet, "train").take(np.arange(4)), 1.1, side=96)
+    plain, mirrored = (CropDataset(store, (96, 96), Augmentation(mirror=m)) for m in (0.0, 1.0))
+    for i in range(4):
+        (_, points, valid), (_, turned, turned_valid) = plain[i], mirrored[i]
+        expected = (points * torch.tensor([-1, 1]) + torch.tensor([95, 0]))[LSP14.flip_indices]
+        assert torch.equal(turned_valid, valid[LSP14.flip_indices]) and torch.allclose(turned, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("codec", [SoftmaxHeatmapCodec(), MSRAHeatmapCodec(), UDPHeatmapCodec()], ids=lambda c: c.type)
+def test_crops_lie_as_the_codec_has_them(lspet, tmp_path, codec):
+    c = config(lspet, tmp_path, codec=codec, augment=Augmentation(), stages=(Stage((192, 192), 1, 4),))
+    data = load_lspet(lspet, "train").take(np.arange(2))
+    _, points, _ = make_dataset(c, open_store(c, data), c.stages[0], 0)[0]
+    matrix = crop_matrix(data.boxes[0], (192, 192), c.padding, convention=codec.convention)
+    assert np.allclose(points, apply_affine(matrix, data.keypoints[0]), atol=1e-3)
+
+
+def test_a_reduced_image_keeps_its_keypoints(lspet):
+    data = load_lspet(lspet, "train").take(np.arange(2))
+    small, large = (CropDataset(CropStore(data, 1.1, side=side), (48, 48)) for side in (48, 1000))
+    for i in range(2):
+        assert torch.allclose(small[i][1], large[i][1], atol=0.02)
+
+
+def test_the_schedule_reaches_the_weights():
+    model = nn.Linear(3, 2, bias=False)
+    before = model.weight.detach().clone()
+    settings = TrainConfig("", "", optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip=0.0)
+    optimizer = Optimizer(model, settings, torch.device("cpu"))
+    optimizer.backward(model(torch.ones(1, 3)).sum())
+    optimizer.step(0.25)
+    assert torch.allclose(before - model.weight, torch.full((2, 3), 0.025))
+
+
+def test_the_shape_of_the_schedule():
+    schedule = Schedule(TrainConfig("", "", stages=(Stage((64, 64), 10, 10),), warmup=0.1, decay_start=0.5), 100)
+    got = [schedule.factor(step) for step in (0, 9, 10, 49, 75, 99)]
+    assert got == pytest.approx([1 / 11, 10 / 11, 1, 1, 0.5, 0.5 * (1 + math.cos(math.pi * 0.98))])
+
+
+def test_the_average_of_the_weights():
+    model = nn.Linear(1, 1, bias=False)
+    average, expected = Average(model, 0.25), model.weight.item()
+    for n, value in enumerate((1.0, 2.0, 4.0), 1):
+        nn.init.constant_(model.weight, value)
+        average.update(model)
+        decay = min(0.25, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    assert float(average.state["weight"]) == pytest.approx(expected)
+
+
+def test_what_is_saved_is_the_average(lspet, tmp_path):
+    train(short(lspet, tmp_path / "run", ema=0.9), quiet=True)
+    state, last = torch.load(tmp_path / "run" / "last.pt", weights_only=True), final(tmp_path / "run")
+    best, key = load_file(tmp_path / "run" / "best.safetensors"), "head.weight"
+    assert torch.equal(last[key], state["average"][key])
+    assert not torch.equal(last[key], state["model"][key]) and not torch.equal(best[key], state["model"][key])
+
+
+def test_augmentations_are_applied_as_they_are_asked_for(lspet, tmp_path):
+    crop = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+    assert (change_colours(crop, Augmentation(grey=1.0), np.random.default_rng(0)) == 124).all()
+    data = load_lspet(lspet, "train").take(np.arange(1))
+    grey = CropDataset(CropStore(data, 1.1, 64), (64, 64), Augmentation(grey=1.0))[0][0]
+    assert grey.any() and torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+
+    keypoints, labelled = data.keypoints[0], data.labelled[0]
+    boxes = [half_body_box(keypoints, labelled, LSP14, upper, data.boxes[0], 1.1) for upper in (True, False)]
+    wanted = [apply_affine(crop_matrix(box, (96, 96), 1.1), keypoints) for box in boxes]
+    dataset = CropDataset(CropStore(data, 1.1, 400), (96, 96), Augmentation(half_body=1.0))
+    which = [[np.allclose(dataset[i][1], w, atol=1e-2) for w in wanted] for i in range(8)]
+    assert all(any(w) for w in which) and {w.index(True) for w in which} == {0, 1}
+
+    rng = np.random.default_rng(0)
+    drawn = [Augmentation(rotation_sd=20.0, log_scale=0.3).draw(rng) for _ in range(2000)]
+    assert np.std([c.rotation for c in drawn]) == pytest.approx(20, rel=0.1)
+    scales = np.log([c.scale for c in drawn])
+    assert -0.3 <= scales.min() < -0.29 and 0.29 < scales.max() <= 0.3
+    assert np.std([Augmentation(any_rotation=1.0).draw(rng).rotation for _ in range(500)]) > 90
+
+
+def test_surroundings_are_kept_for_larger_crops(tmp_path):
+    content = datasets.coco_content(("a", "b"), images=1, people=1)
+    content["annotations"][0]["bbox"] = [100, 100, 40, 50]
+    content["images"][0] |= {"height": 300, "width": 300}
+    datasets.write_coco(tmp_path, content, "annotations.json", "images")
+    datasets.picture(tmp_path / "images" / "000.png", np.zeros((0, 2, 2)), size=(300, 300))
+    store = CropStore(load_dataset("custom", tmp_path, "all"), 1.0, 200)
+    assert min(store.get(0).image.shape[:2]) >= 2.2 * 50
+
+
+def test_boxes_of_lspet_have_a_margin(lspet):
+    data = load_lspet(lspet, "train").take(np.arange(3))
+    for points, labelled, box in zip(data.keypoints, data.labelled, data.boxes, strict=True):
+        low, high = points[labelled].min(0), points[labelled].max(0)
+        margin = 0.15 * (high - low).max()
+        inside = box[:2] > 0  # where the image does not cut it
+        assert np.allclose(box[:2][inside], (low - margin)[inside], atol=0.01)

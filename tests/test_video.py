@@ -147,3 +147,11 @@ def test_a_video_that_ends_early_or_changes_its_size(tmp_path, frames, capsys, m
     assert "not drawn from frame 4 on: " in said.err and said.err.count("not drawn") == 1
     assert len(json.loads((tmp_path / "poses" / "poses.json").read_text())["annotations"]) == 6
     assert Video(tmp_path / "poses" / "clip_pose.mp4").count == 4
+
+
+@pytest.mark.parametrize("fps", [59.94, 119.913, 240.123, 1000.0, 23.976])
+def test_frame_rates_of_phones(tmp_path, fps):
+    with write_video(tmp_path / "a.mp4", fps, (64, 64)) as add:
+        for _ in range(5):
+            add(np.zeros((64, 64, 3), np.uint8))
+    assert abs(Video(tmp_path / "a.mp4").fps - fps) < 0.01

@@ -79,7 +79,7 @@ def load_dataset(
     return replace(data.first_images(limit), metric=metric or data.metric)
 
 
-def find_skeleton(skeleton: str | Path | Skeleton | None, root: str | Path) -> Skeleton | None:
+def find_skeleton(skeleton: str | Path | Skeleton | None, root: str | Path = ".") -> Skeleton | None:
     """The skeleton meant by an argument of `load_dataset`; None: as the annotation file says."""
     if isinstance(skeleton, Skeleton):
         return skeleton

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpose.ops import _backend, oks_nms, oks_nms_reference, rescore
+from fastpose.ops import oks_nms, oks_nms_reference, rescore
 from tests.conftest import needs_kernels, opcheck
 
 METHODS = [
@@ -294,4 +294,7 @@ def test_bad_arguments_name_the_problem():
         arguments = [changed.get(i, t) for i, t in enumerate(tensors)]
         with pytest.raises(ValueError, match=message):
             oks_nms(*arguments, **settings)
-    assert _backend.LOADED in (True, False)
+
+
+def test_hard_nms_keeps_similarities_of_less_than_nine_tenths():
+    assert run("hard")[1].tolist() == [True] * 4  # the two nearest have 0.8
