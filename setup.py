@@ -30,7 +30,7 @@ TORCH_TARGET = "2.11"  # the lowest torch the binary runs on
 TARGET_MACRO = "0x{:02x}{:02x}000000000000".format(*map(int, TORCH_TARGET.split(".")))
 WISH = os.environ.get("FASTPOSE_BUILD_EXT", "auto")
 FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
-HOW = "pip install torch, then pip install --no-build-isolation fastpose"
+HOW = "pip install torch, then, in the folder of the sources, pip install --no-build-isolation ."
 
 
 def say(text):

@@ -4,7 +4,7 @@ Random weights and batch-norm statistics, the same for all. Every competitor liv
 pools in one process disturb each other. The processes take turns, block by block, and are stopped in between, as some
 threads go on spinning; the median over all blocks counts. Before anything is timed every output is compared with
 PyTorch's. A competitor that is not installed, fails or computes something else gets a row that says so: pip install
-'.[peers]'. How many processors other programs kept busy meanwhile is recorded ("foreign load").
+--no-build-isolation '.[peers]'. How many processors other programs kept busy meanwhile is recorded ("foreign load").
 
     fastpose        fastpose.optimize
     exported        the same from a TorchScript file, without the memory that preparing it takes

@@ -372,7 +372,7 @@ def average_precision_pycocotools(
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise ImportError("this evaluation needs pycocotools: pip install 'fastpose[train]'") from error
+        raise ImportError("this evaluation needs pycocotools: pip install pycocotools") from error
     _variances(truth, results, sigmas)
     images = [{"id": int(i)} for i in truth.image_ids]
     annotations = [

@@ -187,7 +187,8 @@ def export_onnx(
         import onnxruntime
         import onnxscript  # noqa: F401  which torch needs
     except ImportError as error:
-        raise ImportError(f"export to ONNX needs the extra 'onnx', pip install 'fastpose[onnx]': {error}") from None
+        packages = "pip install onnx onnxscript onnxruntime"
+        raise ImportError(f"export to ONNX needs the extra 'onnx', {packages}: {error}") from None
 
     with _layers(model, False), torch.no_grad():
         module = model if codec is None else _Decoded(model, codec).eval()

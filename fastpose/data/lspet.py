@@ -95,7 +95,7 @@ def loadmat(path: Path) -> Any:
     try:
         from scipy import io
     except ImportError as error:
-        raise ImportError(f"reading {path.name} needs SciPy: pip install 'fastpose[train]'") from error
+        raise ImportError(f"reading {path.name} needs SciPy: pip install scipy") from error
     try:
         return io.loadmat(path, struct_as_record=False)
     except Exception as error:  # whatever the damage happens to cause in the reader

@@ -50,7 +50,7 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ImportError("tensorboard=true needs TensorBoard: pip install 'fastpose[train]'") from error
+                raise ImportError("tensorboard=true needs TensorBoard: pip install tensorboard") from error
             self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, *, step: int, **row: object) -> None:
