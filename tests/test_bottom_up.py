@@ -192,7 +192,7 @@ def test_people_in_images_of_many_sizes(finer, tmp_path, photo):
     name = "higher_hrnet_w32" if finer else "hrnet_w32_ae"
     path = tmp_path / "a.pth"
     torch.save(fastpose.create_model(name).state_dict(), path)
-    pose = PoseEstimator(name, path, input_size=(256, 256), flip_test=False, batch_size=16, detector="hog")
+    pose = PoseEstimator(name, path, input_size=(256, 256), flip_test=False, batch_size=16)
     assert pose.info.codec == CODEC and pose.bottom_up and pose.notice == "" and not pose.info.antialias
     pose.model = TwoPeople(finer)
     images = [photo, photo[:200, :200], photo.transpose(1, 0, 2), photo, photo[:50], photo[:1, :1]]

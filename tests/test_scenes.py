@@ -161,7 +161,7 @@ def test_outlines_are_hidden_as_in_higherhrnet(tmp_path, side):
         matrix = dataset.augmentation.draw(rng).matrix(np.array([15, 0, 105, 90]), (96, 128), 1.0, "hrnet")
         expected = cv2.warpAffine(np.where(union, 0, 255).astype(np.uint8), matrix, (128, 96), borderValue=255) > 127
         mask = dataset[index][3].numpy()
-        assert (mask != expected).mean() < (1e-9 if side == 1000 else 0.02) and not mask.all()
+        assert (mask != expected).mean() < (0.002 if side == 1000 else 0.02) and not mask.all()
     # nothing but the image is left out of a part of the data, and of images without anybody hidden
     assert data.annotated.take(np.array([False])).hidden == ()
     datasets.write_standard_coco(tmp_path / "b")
