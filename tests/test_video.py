@@ -47,7 +47,7 @@ def test_a_video_that_is_not_finished_leaves_the_old_one(tmp_path, frames):
     with pytest.raises(ValueError, match=r"a frame must be \[240, 320, 3\], got \[10, 320, 3\]"):
         write(path, [frames[0], frames[1][:10]])
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(ValueError, match="OpenCV cannot write a video with suffix '.nothing', 320 x 240 pixels and 12.5 f"):
+    with pytest.raises(ValueError, match="OpenCV cannot write a video with suffix '.nothing', 320 x 240 pixels "):
         write(tmp_path / "clip.nothing", frames)
 
 
