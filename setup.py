@@ -22,7 +22,13 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Command, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # which setup.py and --no-build-isolation leave to whoever calls
+    raise SystemExit(
+        f"fastpose: setuptools {setuptools.__version__} is too old, 77 is needed: pip install -U setuptools"
+    )
 
 HERE = Path(__file__).resolve().parent
 VERSION = "0.1.0"

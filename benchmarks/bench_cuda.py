@@ -54,6 +54,7 @@ DW_SHAPES = ((320, 16, 12), (320, 32, 24), (320, 24, 18), (320, 48, 36))
 GHOST_SHAPES = ((16, 64, 48), (32, 32, 24), (64, 16, 12), (128, 8, 6))
 NETWORKS = "mobileposenet,lite_csw_hrnet,hr_litenet,lightweight_hrnet_448,le_hrnet"
 STEPS = ("build", "test", "nms", "cropping", "networks", "operators", "compiled", "sanitize")
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 MODES = {"compiled": "max-autotune", "no graph": "max-autotune-no-cudagraphs"}
 GOALS = (
     "goals: operators 85 % of a copy and 1.3 times compiled; oks_nms of 5,000 x 30 poses in 1 ms; "
@@ -121,17 +122,20 @@ class Run:
     def test(self) -> None:
         few = "worked_example" if self.args.rehearse else "cuda"
         where = ["tests/ops", "tests/cuda", "tests/test_preprocess.py", "tests/test_graphs.py"]
-        self.step("test", ["-m", "pytest", "-q", *where, "-m", "not slow", "-k", few], {"FASTPOSE_FUSED": "1"})
+        # half of what is left: the measurements shall have the rest
+        half = (self.deadline - time.monotonic()) / 2
+        self.step("test", ["-m", "pytest", "-q", *where, "-m", "not slow", "-k", few], {"FASTPOSE_FUSED": "1"}, half)
 
     def sanitize(self) -> None:
-        where = ["tests/cuda/test_cuda.py", "-k", "sanitizer"]
-        self.step("sanitize", ["-m", "pytest", "-q", *where], {"FASTPOSE_FUSED": "1"})
+        for i, tool in enumerate(SANITIZERS):  # a step each, so that a slow one costs no other its result
+            where = ["tests/cuda/test_cuda.py", "-k", f"sanitizer and {tool}"]
+            share = (self.deadline - time.monotonic()) / (len(SANITIZERS) - i)
+            self.step(f"sanitize {tool}", ["-m", "pytest", "-q", *where], {"FASTPOSE_FUSED": "1"}, share)
 
-    def step(self, name: str, command: list[str], environment: dict[str, str]) -> None:
+    def step(self, name: str, command: list[str], environment: dict[str, str], seconds: float | None = None) -> None:
         start = time.monotonic()
-        code, output, _ = finished(
-            [sys.executable, *command], max(1.0, self.deadline - start), environment, errors=subprocess.STDOUT
-        )
+        left = self.deadline - start if seconds is None else seconds
+        code, output, _ = finished([sys.executable, *command], max(1.0, left), environment, errors=subprocess.STDOUT)
         lines = output.strip().splitlines() or [""]
         self.report["steps"][name] = {
             "exit code": code, "seconds": round(time.monotonic() - start, 1), "output": lines[-200:],

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from fastpose.codecs import AssociativeEmbeddingCodec, Codec, MSRAHeatmapCodec
 from fastpose.config import from_dict
 from fastpose.files import write_atomically
-from fastpose.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_dict
+from fastpose.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_dict, skeleton_to_dict
 
 SCALE = ":scale"  # end of the names of numbers that int8 weights are multiplied by
 
 # model name -> file in fastpose/weights
 USUAL_PADDING = 1.25  # of crops, for weights of others
+DEFAULT_MODEL = "mobileposenet"
 DEFAULT_WEIGHTS = {
     "mobileposenet": "mobileposenet_lspet.safetensors",
     "hr_litenet": "hr_litenet_lspet.safetensors",
@@ -70,13 +71,14 @@ class WeightsInfo:
 
 
 def resolve_weights(weights: str | Path, model: str) -> Path:
-    """Path of the weights file meant by ``"default"`` or a path.
+    """Path of the weights file meant by ``"default"`` or a path; the default of ``"auto"`` is mobileposenet's.
 
     Raises:
         ValueError: ``"default"`` for a model without shipped weights.
         FileNotFoundError: no such file.
     """
     if str(weights) == "default":
+        model = DEFAULT_MODEL if model == "auto" else model
         if model not in DEFAULT_WEIGHTS:
             known = ", ".join(DEFAULT_WEIGHTS)
             raise ValueError(f"no weights are shipped for model {model!r} (only for: {known}); train it or give a path")
@@ -144,7 +146,19 @@ def is_fastpose(path: str | Path) -> bool:
 USUAL_SKELETONS = {17: "coco17", 16: "mpii16"}
 
 
-def describe_weights(checkpoint: Checkpoint, name: str = "auto", skeleton: str | None = None) -> WeightsInfo:
+def codec_of(checkpoint: Checkpoint, name: str) -> Codec:
+    """That of a fastpose file, the customary one for weights of others for the network called `name`."""
+    from fastpose.models._registry import is_bottom_up
+
+    info = checkpoint.info()
+    if info is not None:
+        return info.codec
+    if is_bottom_up(name):
+        return AssociativeEmbeddingCodec()
+    return MSRAHeatmapCodec(edges="hrnet" if checkpoint.layout == "original" else "mmpose")
+
+
+def describe_weights(checkpoint: Checkpoint, name: str = "auto", skeleton: str | Skeleton | None = None) -> WeightsInfo:
     """The metadata of a fastpose file; for checkpoints of others what is customary among them.
 
     That is the paper's input size, `padding` 1.25, `MSRAHeatmapCodec` (`AssociativeEmbeddingCodec` for bottom-up
@@ -153,13 +167,13 @@ def describe_weights(checkpoint: Checkpoint, name: str = "auto", skeleton: str |
 
     Args:
         name: the network, or ``"auto"``.
-        skeleton: name of the keypoints for a checkpoint of others.
+        skeleton: the keypoints, or their name, for a checkpoint of others.
 
     Raises:
         ValueError: damaged metadata, no or more than one network fits, or the keypoints cannot be told by their
-            number and `skeleton` is not given.
+            number and `skeleton` is not given, or has another number.
     """
-    from fastpose.models._registry import is_bottom_up, model_entry
+    from fastpose.models._registry import model_entry
 
     info = checkpoint.info()
     if info is not None:
@@ -174,11 +188,20 @@ def describe_weights(checkpoint: Checkpoint, name: str = "auto", skeleton: str |
                 f"choose with skeleton=...{these}"
             )
         skeleton = USUAL_SKELETONS[k]
-    codec: Codec = MSRAHeatmapCodec(edges="hrnet" if checkpoint.layout == "original" else "mmpose")
-    if is_bottom_up(name):
-        codec = AssociativeEmbeddingCodec()
-    size = model_entry(name).input_size
-    return WeightsInfo(name, k, skeleton, size, USUAL_PADDING, codec, options=options, antialias=False)
+    keypoints = get_skeleton(skeleton) if isinstance(skeleton, str) else skeleton
+    if keypoints.num_keypoints != k:
+        raise ValueError(f"skeleton {keypoints.name!r} has {keypoints.num_keypoints} keypoints, the weights have {k}")
+    return WeightsInfo(
+        model=name,
+        num_keypoints=k,
+        skeleton=keypoints.name,
+        input_size=model_entry(name).input_size,
+        padding=USUAL_PADDING,
+        codec=codec_of(checkpoint, name),
+        options=options,
+        antialias=False,
+        skeleton_definition={} if SKELETONS.get(keypoints.name) == keypoints else skeleton_to_dict(keypoints),
+    )
 
 
 def save_weights(

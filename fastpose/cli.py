@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fastpose.boxes import BoxesOfImage
 
 BAD_INPUT = 2
+NETWORK = "network (default: that of the weights, of the default weights mobileposenet)"
 DRAWN_BEHIND = 4  # pictures that are being written while the next poses are found
 # what the numbers of an evaluation depend on
 EVALUATION_SETTINGS = (
@@ -36,7 +38,12 @@ NETWORK_SETTINGS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command == "train" and all("=" in text and text[0] != "-" for text in rest):
+        options.settings += rest  # those behind an option, which argparse does not join to those before
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments is None:  # as a program; file names need not be UTF-8: what is not becomes question marks
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -44,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"fastpose: error: {error}", file=sys.stderr)
+        hint = ""
+        if isinstance(error, ImportError) and re.search(r"lib(GL|glib|gthread)\b.*\.so", str(error)):
+            hint = "; OpenCV needs it: on Debian and Ubuntu, apt-get install libgl1 libglib2.0-0"
+        print(f"fastpose: error: {error}{hint}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("fastpose: interrupted", file=sys.stderr)
@@ -62,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("predict", help="find people's keypoints in images and videos")
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="image, video, folder of images or glob pattern")
-    p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
+    p.add_argument("--model", default="auto", help=NETWORK)
     p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
     p.add_argument(
         "--skeleton", help="the keypoints, for weights of others that do not tell: lsp14 or a .toml or .json file"
@@ -105,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", help="accuracy of weights on a data set: PCK@0.2, PCKh or AP, as is usual for it"
     )
     _add_data_arguments(p, "lspet")
-    p.add_argument("--model", default="mobileposenet", help="network (default: %(default)s)")
+    p.add_argument("--model", default="auto", help=NETWORK)
     p.add_argument("--weights", default="default", help="'default' or a weights file (default: %(default)s)")
     _add_preparation_arguments(p)
     p.add_argument("--predictions", metavar="FILE", help="score this file of results in COCO's format; runs no network")
@@ -146,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a program (default: torchscript), or the weights in 16 bits with what must be known about them",
     )
     p.add_argument("--bits", type=int, choices=(8, 16), help="of safetensors (default: 16); 8: dense convolutions only")
-    p.add_argument("--model", default="mobileposenet")
+    p.add_argument("--model", default="auto", help=NETWORK)
     p.add_argument("--weights", default="default")
     p.add_argument("--fused", action="store_true", help="use fastpose's kernels; the file then needs fastpose to load")
     p.add_argument("--precision", choices=PRECISIONS, default="float32", help="of --fused (default: %(default)s)")
@@ -157,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--codec", help="softmax, msra, dark or udp, for weights of others that do not tell")
     p.add_argument("--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images, likewise")
+    p.add_argument("--skeleton", help="of safetensors: the keypoints, likewise; lsp14 or a .toml or .json file")
     p.add_argument("output", metavar="FILE", help="e.g. mobileposenet.pt")
     p.set_defaults(run=_export)
 
@@ -281,6 +292,7 @@ def _predict(options: argparse.Namespace) -> int:
         skeleton=None if options.skeleton is None else find_skeleton(options.skeleton),
         **_preparation(options),
     )
+    options.model = estimator.model_name
     if estimator.notice and files and not options.quiet:
         print(f"fastpose: {estimator.notice}", file=sys.stderr)
 
@@ -404,6 +416,7 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
         data = _load_data(options, **more)
         if options.results and data.metric != "AP":  # now, not when everything else is done
             raise ValueError(f"--results: only AP has results in COCO's format, the metric here is {data.metric}")
+        _check_outputs(options)
         others = not is_fastpose(resolve_weights(options.weights, options.model))
         estimator = PoseEstimator(
             options.model,
@@ -416,6 +429,7 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
             skeleton=data.skeleton if others else None,  # others' files do not say
             **_preparation(options),
         )
+        options.model = estimator.model_name
         result = evaluate(
             estimator,
             data,
@@ -433,17 +447,36 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     print(to_text(result.score))
     if result.score.metric == "AP" and not options.predictions and not is_bottom_up(estimator.model_name):
         print(f"boxes: {options.boxes or 'annotated'}")
-    if options.results:
-        result.write_results(options.results)
-    if options.json:
-        names = EVALUATION_SETTINGS + (() if options.predictions else NETWORK_SETTINGS)
-        settings = {name: getattr(options, name) for name in names}
-        write_json(options.json, {**result.to_dict(), "settings": settings})
-    if options.worst:
-        result.write_worst(options.worst, options.worst_count)
+    names = EVALUATION_SETTINGS + (() if options.predictions else NETWORK_SETTINGS)
+    settings = {name: getattr(options, name) for name in names}
+    for path, write in (
+        (options.results, result.write_results),
+        (options.json, lambda path: write_json(path, {**result.to_dict(), "settings": settings})),
+        (options.worst, lambda path: result.write_worst(path, options.worst_count)),
+    ):
+        try:
+            if path:
+                write(path)
+        except (OSError, ValueError) as error:  # the others are written
+            print(f"fastpose: error: {error}", file=sys.stderr)
+            code = BAD_INPUT
     if result.report.wrong:
         print(f"fastpose: in the data:\n{result.report.to_text(wrong_only=True)}", file=sys.stderr)
     return code
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raise for files that could not be written, before the work."""
+    from fastpose.files import check_writable
+    from fastpose.images import check_suffix
+
+    for path in (options.results, options.json, options.worst):
+        if path:
+            check_writable(path)
+    if options.worst:
+        check_suffix(options.worst)
+        if options.worst_count < 1:
+            raise ValueError(f"--worst-count must be at least 1, got {options.worst_count}")
 
 
 def _validate_data(options: argparse.Namespace) -> int:
@@ -464,8 +497,9 @@ def _validate_data(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fastpose.checkpoints import USUAL_PADDING, describe_weights, find_architecture
+    from fastpose.checkpoints import USUAL_PADDING, codec_of, describe_weights, find_architecture
     from fastpose.codecs import HeatmapCodec, get_codec
+    from fastpose.data.datasets import find_skeleton
     from fastpose.export import ExportError, export_onnx, export_torchscript, export_weights
     from fastpose.models._registry import check_codec, create_from, is_bottom_up, model_entry, read_weights
 
@@ -483,12 +517,16 @@ def _export(options: argparse.Namespace) -> int:
                 )
         if options.precision != "float32":
             raise ValueError("--precision is about programs, not weights: choose where they are used")
+        skeleton = find_skeleton(options.skeleton) if options.skeleton else None
+        if skeleton is not None and info is not None:
+            raise ValueError(f"--skeleton: {checkpoint.path} has its own, {info.skeleton}")
         bits = options.bits or 16
-        export_weights(model, options.output, describe_weights(checkpoint, options.model), bits)
+        export_weights(model, options.output, describe_weights(checkpoint, options.model, skeleton), bits)
         print(f"{options.output}: weights of {bits} bits for create_model and PoseEstimator")
         return 0
-    if options.bits:
-        raise ValueError("--bits is about weights: --format safetensors")
+    if options.bits or options.skeleton:
+        option = "--bits" if options.bits else "--skeleton"
+        raise ValueError(f"{option} is about weights: --format safetensors")
     if options.codec and not options.keypoints:
         raise ValueError("--codec is about --keypoints")
     if options.precision != "float32" and not options.fused:
@@ -501,7 +539,7 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError(f"--input-size: {name} takes positive multiples of {multiple}, got {height} {width}")
     codec: HeatmapCodec | None = None
     if options.keypoints:
-        used = get_codec(options.codec) if options.codec else describe_weights(checkpoint, options.model).codec
+        used = get_codec(options.codec) if options.codec else codec_of(checkpoint, name)
         check_codec(name, used)
         if is_bottom_up(name) or not isinstance(used, HeatmapCodec):
             raise ValueError(f"--keypoints: {name} is bottom-up; grouping keypoints into people cannot be exported")

@@ -45,11 +45,22 @@ def read_config(cls: type[T], path: str | Path | None, overrides: list[str]) -> 
             target = target.setdefault(part, {})
             if not isinstance(target, dict):
                 raise ValueError(f"override {override!r}: {part!r} is not a group of settings")
-        try:
-            target[last] = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            target[last] = text
+        target[last] = _value(text, None if parents else typing.get_type_hints(cls).get(last), override)
     return from_dict(cls, values, "")
+
+
+def _value(text: str, hint: Any, override: str) -> Any:
+    """What is meant by the text of an override: a value in TOML, whose texts need no quotes and fractions no 0."""
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError as error:
+        if text.lstrip()[:1] in ("[", "{"):
+            raise ValueError(f"override {override!r} is not valid TOML: {error}") from None
+        try:
+            return float(text) if hint is not str else text
+        except ValueError:
+            return text
+    return text if hint is str and not isinstance(value, str) else value
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fastpose.pipeline import WHOLE_IMAGE, PoseEstimator
 from fastpose.poses import Poses
 from fastpose.scoring import Score, check_metric, score_found, score_poses, score_results
 from fastpose.sheets import Case, contact_sheet
+from fastpose.skeletons import describe_difference
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Evaluation:
             "numbers": {k: _none_for_nan(v) for k, v in self.score.numbers.items()},
             "per_keypoint": {k: _none_for_nan(v) for k, v in self.score.per_keypoint.items()},
             "people": self.score.people,
+            "sigmas": list(self.data.skeleton.sigmas) if self.score.metric == "AP" else None,
             "images": len(self.data.image_files()),
             "skipped": self.report.to_dict(),
         }
@@ -131,7 +133,8 @@ def evaluate(
     """Estimate everybody in `data` and score the poses by its metric. Bottom-up networks find the people themselves.
 
     Images that cannot be read, and boxes outside their image, are reported and left out; images without boxes are not
-    opened, the people on them are missed. The arguments from `nms` on
+    opened, the people on them are missed. Keypoints of which the data say nothing but their names have the sigmas that
+    the network was trained with. The arguments from `nms` on
     are those of `fastpose.scoring.score_poses` and matter for AP of top-down networks only (`evaluator`: of all).
 
     Args:
@@ -142,9 +145,12 @@ def evaluate(
         ValueError: the estimator has other keypoints than the data, or nothing is left to evaluate.
     """
     if estimator.skeleton.names != data.skeleton.names:
-        raise ValueError(f"the weights have skeleton {estimator.skeleton.name!r}, the data set {data.skeleton.name!r}")
+        difference = describe_difference(estimator.skeleton, data.skeleton)
+        raise ValueError(f"the weights know {estimator.skeleton.name!r}, the data set has {difference}")
     check_metric(data)
     data = dataclasses.replace(data, report=copy.deepcopy(data.report))  # the caller's stays as it is
+    if data.skeleton.undefined:
+        data = dataclasses.replace(data, skeleton=estimator.skeleton)
     codec = estimator.info.codec
     if isinstance(codec, AssociativeEmbeddingCodec):
         return _evaluate_whole_images(estimator, data, evaluator, quiet, share)

@@ -117,6 +117,10 @@ EXPORTING = threading.RLock()
 _Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
 
 
+CAPTURING = threading.Lock()
+FAILED: list[torch.cuda.CUDAGraph] = []  # torch 2.11 keeps a pointer to a graph whose capture failed
+
+
 class Graphed(nn.Module):
     """A network for inference on a CUDA device: images [B, C, H, W] in, what the original returns out, in float32.
 
@@ -163,11 +167,16 @@ class Graphed(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Graphed:
         with self._lock:  # graphs read the weights where they were
-            self._graphs.clear()
+            self._forget()
             self._calls.clear()
             super()._apply(*args, **kwargs)
             self.dtype = next((p.dtype for p in self.network.parameters()), self.dtype)
         return self
+
+    def _forget(self) -> None:
+        for graph in self._graphs.values():
+            graph.free.synchronize()
+        self._graphs.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: graphs and locks stay here."""
@@ -193,12 +202,13 @@ class Graphed(nn.Module):
         enough = CAPTURE_AFTER if len(self._graphs) < MOST_GRAPHS else REPLACE_AFTER
         if key not in self._graphs and self._calls[key] >= enough:
             while len(self._graphs) >= MOST_GRAPHS:
-                oldest, _ = self._graphs.popitem(last=False)
+                oldest, graph = self._graphs.popitem(last=False)
+                graph.free.synchronize()  # another stream may still be reading its memory
                 self._calls[oldest] = 0
             try:
                 self._graphs[key] = _Graph(self._compute, x)
             except RuntimeError as error:  # out of memory too
-                self._graphs.clear()
+                self._forget()
                 self._capture_failed = True
                 first = str(error).partition("\n")[0]
                 what = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
@@ -213,7 +223,7 @@ class _Graph:
 
     def __init__(self, compute: Any, x: Tensor) -> None:
         with torch.inference_mode(False):  # a caller outside inference mode could not write to such a tensor
-            self.x = x.clone()
+            self.x = x.detach().clone()
         with torch.cuda.device(x.device):
             self.graph, self.outputs = capture(lambda: compute(self.x))
             self.free = torch.cuda.Event()
@@ -233,8 +243,14 @@ class _Graph:
 def capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     """A CUDA graph of `call` on the current device, and its results, which every replay overwrites.
 
-    A call that cannot be captured raises what it raises, on the stream it was called on.
+    A call that cannot be captured raises what it raises, on the stream it was called on. One thread captures at a time:
+    torch waits for the whole device first, which no device allows while anything is captured on it.
     """
+    with CAPTURING:
+        return _capture(call)
+
+
+def _capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)
     with torch.cuda.stream(aside):  # libraries choose their kernels and set themselves up
@@ -251,6 +267,7 @@ def capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         ):
             results = call()
     except BaseException:
+        FAILED.append(graph)
         _end_capture(pool)
         raise
     return graph, results

@@ -96,6 +96,18 @@ class _Silence:
 _SILENCE = _Silence()
 
 
+def check_suffix(path: str | Path) -> None:
+    """Raise ValueError if `write_image` would not know the format of `path`."""
+    import cv2
+
+    try:
+        known = cv2.haveImageWriter(str(path))
+    except cv2.error:
+        known = False
+    if not known:
+        raise ValueError(f"{path}: OpenCV cannot write images with suffix {Path(path).suffix!r}")
+
+
 def write_image(path: str | Path, image: Array) -> None:
     """Write uint8 RGB [H, W, 3] atomically; the suffix decides the format. Raises ValueError for an unknown suffix."""
     import cv2

@@ -17,18 +17,14 @@ from fastpose.plan import NotOptimizable, Optimized, optimize
 
 def collect() -> dict[str, Any]:
     """Versions, processor, threads and the state of the fused operators, as plain values."""
-    import cv2
     import numpy as np
-
-    from fastpose.detect import hog_available
 
     report: dict[str, Any] = {
         "fastpose": fastpose.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "opencv": cv2.__version__,
-        "hog detector": "available" if hog_available() else "not in this OpenCV",
+        **_opencv(),
         "threads": torch.get_num_threads(),
         "torch cuda": torch.version.cuda or "no",
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -43,16 +39,27 @@ def collect() -> dict[str, Any]:
         report["processor"] = cpu["model"] or platform.machine()
         report["instruction set"] = f"{cpu['isa']} (processor: {cpu['detected']})"
         report["cuda kernels"] = build["cuda"]
+        report["native module"] = "loaded"
         report["built with"] = f"{build['compiler']}, torch {build['torch']}, runs on torch {build['torch_target']}+"
     report["fused kernels"] = "loaded" if _backend.LOADED else f"not used: {_backend.WHY_NOT}"
     report["operator library"] = str(_backend.LIBRARY) if _backend.LOADED else "none"
     ops = [op for op in _backend.OPS if not op.endswith("_backward")]
     for device in ("cpu", "cuda"):
-        report[f"ops on {device}"] = {op: "fused" if _backend.has_kernel(op, device) else "reference" for op in ops}
-    if _backend.LOADED and not _backend.has_kernel("run_plan", "cuda"):
-        report["ops on cuda"]["run_plan"] = "not there"  # an optimised network stays on the CPU
+        without = {op: "reference" for op in ops} | {"run_plan": "not there"}  # a program of kernels has no reference
+        report[f"ops on {device}"] = {op: "fused" if _backend.has_kernel(op, device) else without[op] for op in ops}
     report["whole networks"] = f"{'optimised' if _backend.LOADED else 'PyTorch'}; of one: fastpose info --model NAME"
     return report
+
+
+def _opencv() -> dict[str, str]:
+    """Of all packages the one that may be installed and yet not load: it needs libraries of the system's."""
+    from fastpose.detect import hog_available
+
+    try:
+        import cv2
+    except ImportError as error:
+        return {"opencv": f"cannot be loaded: {error}"}
+    return {"opencv": cv2.__version__, "hog detector": "available" if hog_available() else "not in this OpenCV"}
 
 
 def collect_model(name: str) -> dict[str, Any]:

@@ -113,11 +113,11 @@ class PoseEstimator:
     no boxes and give no duplicates; the instance score is the mean keypoint score, and boxes are the keypoints' extent.
 
     Args:
-        model: network name, see `fastpose.list_models`, or ``"auto"`` to find it by the weights.
-        weights: ``"default"`` (shipped with the package) or the path of a file of any format that
-            `fastpose.load_checkpoint` accepts. Input size, crop rule, decoder and skeleton come from the metadata of a
-            fastpose file; for others' they are what is customary, see `checkpoints.describe_weights`, and can be
-            corrected by the arguments from `skeleton` on.
+        model: network name, see `fastpose.list_models`, or ``"auto"``: that of the weights.
+        weights: ``"default"`` (shipped with the package; of ``"auto"`` mobileposenet's) or the path of a file of any
+            format that `fastpose.load_checkpoint` accepts. Input size, crop rule, decoder and skeleton come from the
+            metadata of a fastpose file; for others' they are what is customary, see `checkpoints.describe_weights`, and
+            can be corrected by the arguments from `skeleton` on.
         detector: where boxes come from when none are given: ``"auto"`` (OpenCV's HOG people detector, or the whole
             image where its keypoints score higher than those of HOG's people), ``"hog"``, ``"none"`` (the whole image)
             or a callable ``image -> boxes [P, 4] xyxy`` or ``-> (boxes, scores)``.
@@ -151,7 +151,7 @@ class PoseEstimator:
 
     def __init__(
         self,
-        model: str = "mobileposenet",
+        model: str = "auto",
         weights: str | Path = "default",
         *,
         detector: str | Detector | None = "auto",
@@ -185,8 +185,8 @@ class PoseEstimator:
             optimize = True
         checkpoint = read_weights(weights, model)
         network = create_from(checkpoint, model)
+        info = describe_weights(checkpoint, model, skeleton)
         name = skeleton.name if isinstance(skeleton, Skeleton) else skeleton
-        info = describe_weights(checkpoint, model, name)
         changes: dict[str, Any] = {"skeleton": name, "padding": padding, "input_size": input_size}
         changes["codec"] = get_codec(codec) if isinstance(codec, str) else codec
         self.info: WeightsInfo = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})

@@ -121,7 +121,8 @@ def score_poses(
         )
         keep = kept.numpy()
     index, found = data.image_index[keep], keypoints[keep]
-    entries = to_results(data.annotated, index, found, keypoint_scores[keep], scores.numpy()[keep])
+    kinds = None if data.categories is None else data.categories[keep]
+    entries = to_results(data.annotated, index, found, keypoint_scores[keep], scores.numpy()[keep], kinds)
     return score_results(data.annotated, entries, data.skeleton, evaluator)
 
 

@@ -53,6 +53,11 @@ class Skeleton:
             raise ValueError(f"skeleton {self.name!r}: a keypoint occurs twice in flip_pairs {self.flip_pairs}")
 
     @property
+    def undefined(self) -> bool:
+        """Whether nothing but names and links is known, as of annotations without a skeleton file."""
+        return self.name == UNDEFINED and set(self.sigmas) == {DEFAULT_SIGMA}
+
+    @property
     def num_keypoints(self) -> int:
         """Number of keypoints K."""
         return len(self.names)
@@ -163,6 +168,7 @@ def get_skeleton(name: str) -> Skeleton:
 
 
 DEFAULT_SIGMA = 0.07
+UNDEFINED = "custom"  # name of a skeleton that has none
 
 
 def read_skeleton(path: str | Path) -> Skeleton:
@@ -190,7 +196,7 @@ def read_skeleton(path: str | Path) -> Skeleton:
         raise ValueError(f"skeleton file {path}: {error}") from None
 
 
-def skeleton_from_dict(content: Any, name: str = "custom") -> Skeleton:
+def skeleton_from_dict(content: Any, name: str = UNDEFINED) -> Skeleton:
     """`Skeleton` from plain values as `read_skeleton` describes; `name` is used if they hold none."""
     known = ("name", "names", "links", "flip_pairs", "sigmas", "upper_body")
     if not isinstance(content, dict) or not isinstance(content.get("names"), (list, tuple)) or not content["names"]:
@@ -240,18 +246,48 @@ def skeleton_to_dict(skeleton: Skeleton) -> dict[str, Any]:
 
 
 def _mirrored(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Pairs of names that differ in the word left or right, or in the letter l or r as a word: ``left_eye``, ``eye.R``.
-
-    Words are separated by anything that is not a letter or digit.
+    """Pairs of names that differ in the word left or right, or in the letter l or r as a word: ``left_eye``, ``eye.R``,
+    ``LeftEye``, ``eyeL``, ``l1``; left and right may also begin or end a word, ``lefteye``.
     """
-    other = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "l": "r", "L": "R"}
     pairs = []
     for i, name in enumerate(names):
-        words = re.split(r"([^A-Za-z0-9]+)", name)
-        mirrored = "".join(other.get(word, word) for word in words)
+        mirrored = "".join(_right(word) for word in WORDS.findall(name))
         if mirrored != name and mirrored in names:
             pairs.append((i, names.index(mirrored)))
     return tuple(pairs)
+
+
+# of a name, with what is between them: capitals begin one
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^A-Za-z]+")
+
+
+def _right(word: str) -> str:
+    """The word with left, or l alone, replaced by right or r, of the same case."""
+    for left, right in (("left", "right"), ("l", "r")):
+        if word.lower() == left:
+            return right.upper() if word.isupper() else right.capitalize() if word[0].isupper() else right
+    return re.sub("^left|left$", "right", re.sub("^Left", "Right", word))
+
+
+def describe_difference(a: Skeleton, b: Skeleton) -> str:
+    """How the keypoints of `b` differ from those of `a`, for messages."""
+    if a.num_keypoints != b.num_keypoints:
+        return f"{b.name!r} with {b.num_keypoints} keypoints instead of {a.num_keypoints}"
+    for i, (x, y) in enumerate(zip(a.names, b.names, strict=True)):
+        if x != y:
+            return f"{b.name!r}, whose keypoint {i} is {y!r} instead of {x!r}"
+    return f"{b.name!r}, with the same names"
+
+
+def unpaired_sides(skeleton: Skeleton) -> list[str]:
+    """Names with the word left or right that are in none of the pairs."""
+    paired = {i for pair in skeleton.flip_pairs for i in pair}
+    sides = ("left", "right")
+    return [
+        name
+        for i, name in enumerate(skeleton.names)
+        if i not in paired and any(word.lower().startswith(sides) for word in WORDS.findall(name))
+    ]
 
 
 def _tomllib() -> Any:

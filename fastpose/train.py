@@ -5,7 +5,8 @@ A run is described by a `TrainConfig` (a recipe file plus overrides) and lives i
 * ``config.json``: every setting, package and library versions, command line; ``--config RUN/config.json`` repeats it;
 * ``data.json``: how many images and people there are, and what was left out and why;
 * ``log.csv``: one line per validation (step, epoch, size, learning rate, loss, images/s, PCK, PCKh or AP in percent);
-* ``last.pt``: everything needed to go on after a kill (parameters, optimizer, average, step, best result);
+* ``last.pt``: everything needed to go on after a kill (parameters, optimizer, average, step, best result), written
+  with every validation and every quarter of an hour;
 * ``mosaics/``: of a bottom-up network trained on mosaics, those to validate on;
 * ``best.safetensors``, ``final.safetensors``: averaged weights, ready for `create_model(weights=...)`.
 
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastpose.checkpoints import WeightsInfo, load_pretrained, resolve_weights, save_weights
+from fastpose.codecs import HeatmapCodec
 from fastpose.data import PoseData
 from fastpose.data.crops import ResumableBatches
 from fastpose.data.scenes import collate_scenes
@@ -48,6 +50,8 @@ from fastpose.training.optim import Average, Optimizer, Schedule
 from fastpose.training.records import (
     Log,
     check_config,
+    check_data,
+    fingerprint,
     random_state,
     report_data,
     save_state,
@@ -65,6 +69,8 @@ from fastpose.training.samples import (
 from fastpose.training.settings import Stage, TrainConfig
 from fastpose.training.sync_norm import synchronize_batch_norm
 from fastpose.training.teacher import Teacher
+
+SAVE_AFTER = 900.0  # seconds: how much is lost at most, but for the time of a validation
 
 __all__ = ["Average", "Optimizer", "Schedule", "Stage", "TrainConfig", "train", "validate"]
 
@@ -89,7 +95,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> flo
 def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool) -> float:
     output, first = Path(config.output), rank() == 0
     last = output / "last.pt"
-    _check_output(config, output, resume)
+    resume = _check_output(config, output, resume)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -97,15 +103,20 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
     train_data, val_data = (load_split(config, split) for split in config.splits)
     val_data = scenes_to_validate(config, val_data, output, resume) if config.bottom_up else val_data
     check_validation(val_data)
+    data = {"train": fingerprint(train_data), "val": fingerprint(val_data)}
+    state: dict[str, Any] = torch.load(last, map_location="cpu", weights_only=True) if resume else {}
+    check_data(state.get("data", {}), data)
     store = open_store(config, train_data, quiet or not first)
     schedule = Schedule(config, len(store))
 
-    model = _create_model(config, train_data.skeleton).to(device)
+    model = _create_model(config, train_data.skeleton, resume).to(device)
     _check_stages(config, model)
+    if first:
+        for warning in _warnings(config, schedule, train_data.skeleton):
+            print(f"fastpose: {warning}", file=sys.stderr)
     optimizer, average = Optimizer(model, config, device), Average(model, config.ema)
     step, best = 0, -1.0
     if resume:
-        state = torch.load(last, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.load(state["average"], state["updates"])
@@ -114,12 +125,27 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
     teacher = Teacher(config, train_data.skeleton, device) if config.teacher else None
     if resume:
         set_random_state(state["random"], device)  # last: networks are made with random weights
+    state.clear()  # as large as all there is
     if first:
         if not resume:
             write_config(config, device, world_size(), output / "config.json")
         report_data(output / "data.json", train=train_data, val=val_data)
         log = Log(output, step, config.tensorboard)
 
+    def save() -> None:
+        save_state(
+            last,
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            average=average.state,
+            updates=average.updates,
+            step=step,
+            best=best,
+            data=data,
+            random=random_state(device),
+        )
+
+    saved, told = time.time(), val_data.report.to_dict()
     column = {"PCK@0.2": "val_pck", "PCKh@0.5": "val_pckh", "AP": "val_ap"}[val_data.metric]
     progress = tqdm(total=schedule.total, initial=step, desc=config.model, unit="step", disable=quiet or not first)
     stage_end = 0
@@ -151,6 +177,9 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
             losses.append(value)
             progress.update()
             if (step - stage_start) % validate_steps and step < stage_end:
+                if first and time.time() - saved > SAVE_AFTER:
+                    save()
+                    saved = time.time()
                 continue
 
             # everything from here on happens once per validation
@@ -161,11 +190,14 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
                 if step == stage_end:  # before last.pt says that it is done
                     save_weights(output / "final.safetensors", average.state, info)
             wait_for_all()
-            result, val_data = validate(candidate, val_data, device=device)
-            # of equals the later: with few images to validate on AP stays 0 for long
-            better = result >= best
-            best = result if better else best
+            result, used = validate(candidate, val_data, device=device)
+            # of equals the later: with few images to validate on AP stays 0 for long; of what cannot be measured too
+            better = result >= best or (math.isnan(result) and best < 0)
+            best = result if result >= best else best
             if first:
+                if used.report.to_dict() != told:  # images that could not be read this time
+                    told = used.report.to_dict()
+                    report_data(output / "data.json", told=("train",), train=train_data, val=used)
                 log.write(
                     step=step,
                     epoch=round((step - stage_start) / per_epoch, 2),
@@ -179,35 +211,37 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
                 if better or not (output / "best.safetensors").is_file():
                     os.replace(candidate, output / "best.safetensors")
                 candidate.unlink(missing_ok=True)
-                save_state(
-                    last,
-                    model=model.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    average=average.state,
-                    updates=average.updates,
-                    step=step,
-                    best=best,
-                    random=random_state(device),
-                )
+                save()
+                saved = time.time()
             started, images, losses = time.time(), 0, []
     progress.close()
     return best if best >= 0 else math.nan
 
 
-def _check_output(config: TrainConfig, output: Path, resume: bool) -> None:
-    """Make the folder, unless it holds another run than the one that is wanted. The same answer in every process."""
+def _check_output(config: TrainConfig, output: Path, resume: bool) -> bool:
+    """Make the folder, unless it holds another run than the one that is wanted. The same answer in every process.
+
+    Returns whether there is something to go on from: a run killed before it saved anything begins again.
+    """
     last = output / "last.pt"
-    if resume and not last.is_file():
+    began, saved = (output / "config.json").is_file(), last.is_file()
+    if resume and not saved and not began:
         raise FileNotFoundError(f"nothing to resume: {last} does not exist")
-    if not resume and last.is_file():
+    if not resume and saved:
         raise FileExistsError(f"{output} already holds a run; give --resume to go on, or another output folder")
     if resume:
         check_config(config, output / "config.json", world_size())
     output.mkdir(parents=True, exist_ok=True)
     wait_for_all()
+    if rank() == 0:
+        for left in output.glob(".*.pt"):  # of writing that was killed
+            left.unlink(missing_ok=True)
+        if resume and not saved:
+            print(f"fastpose: {output} was killed before it saved anything; it begins again", file=sys.stderr)
+    return saved
 
 
-def _create_model(config: TrainConfig, skeleton: Skeleton) -> nn.Module:
+def _create_model(config: TrainConfig, skeleton: Skeleton, resume: bool = False) -> nn.Module:
     k = skeleton.num_keypoints
     model = create_model(config.model, num_keypoints=k, **config.options)
     if config.initialization == "hrnet":
@@ -216,7 +250,7 @@ def _create_model(config: TrainConfig, skeleton: Skeleton) -> nn.Module:
                 nn.init.normal_(layer.weight, std=0.001)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-    if config.init:
+    if config.init and not resume:
         path = resolve_weights(config.init, config.model)
         left = load_pretrained(model, config.model, k, path)
         if left and rank() == 0:
@@ -230,6 +264,36 @@ def _check_stages(config: TrainConfig, model: nn.Module) -> None:
     for stage in config.stages:
         if any(side % multiple for side in stage.size):
             raise ValueError(f"stages: {config.model} takes sides that are multiples of {multiple}, got {stage.size}")
+        if stage.batch_size % world_size():
+            raise ValueError(
+                f"stages: batch_size must be a multiple of the number of processes, {world_size()}, got {stage}"
+            )
+    if isinstance(config.codec, HeatmapCodec):
+        size = config.stages[0].size
+        with torch.device("meta"), torch.no_grad():  # shapes without numbers
+            network = create_model(config.model, **config.options).eval()
+            maps = tuple(network(torch.empty(1, 3, *size)).shape[2:])
+        if maps != tuple(-(-side // config.codec.stride) for side in size):
+            raise ValueError(
+                f"codec.stride must be that of {config.model}, which makes maps of {maps} of images of {size}, "
+                f"got {config.codec.stride}"
+            )
+
+
+def _warnings(config: TrainConfig, schedule: Schedule, skeleton: Skeleton) -> list[str]:
+    """What is allowed and rarely meant."""
+    found = []
+    epochs = sum(stage.epochs for stage in config.stages)
+    if config.augment.mirror and not skeleton.flip_pairs and skeleton.num_keypoints > 1:
+        found.append(
+            "images are mirrored and no keypoints are a pair of left and right: each keeps its name. If that is wrong, "
+            "name the pairs (flip_pairs in a skeleton file) or give augment.mirror=0"
+        )
+    if config.milestones and config.milestones[0] >= epochs:
+        found.append(f"all milestones, {list(config.milestones)}, lie behind the run's {epochs:g} epochs")
+    if config.warmup >= schedule.total > 1:
+        found.append(f"warmup={config.warmup:g} are more steps than the run's {schedule.total}")
+    return found
 
 
 def _wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
@@ -266,6 +330,8 @@ def _loader(
         prefetch_factor=4 if config.workers else None,
         pin_memory=device.type == "cuda",
         collate_fn=collate_scenes if config.bottom_up else None,
+        # others give every worker a copy of the people in memory
+        multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # not the network's: a run that is resumed makes one loader more
     )
 
@@ -279,6 +345,7 @@ def _weights_info(config: TrainConfig, stage: Stage, skeleton: Skeleton) -> Weig
         input_size=stage.size,
         padding=config.padding,
         codec=config.codec,
+        flip_test=config.augment.mirror > 0,  # mirrored images are strange to others
         options=config.options,
         skeleton_definition={} if SKELETONS.get(skeleton.name) == skeleton else skeleton_to_dict(skeleton),
     )

@@ -212,6 +212,17 @@ def test_wrong_arguments(folder):
         assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def test_settings_of_a_training_may_stand_anywhere(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("fastpose.train.train", lambda config, *_: seen.append(config) or 0.0)
+    assert main(["train", "data=d", "--config", "own_images", "output=x", "--quiet", "lr=.5"]) == 0
+    assert (seen[0].data, seen[0].output, seen[0].lr) == ("d", "x", 0.5)
+    for arguments in (["train", "data=d", "--quick", "output=x"], ["predict", "a.jpg", "--wights=w"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "unrecognized arguments: --" in capsys.readouterr().err
+
+
 def test_export_and_info(folder):
     done = fastpose("export", "model.pt", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -224,6 +235,30 @@ def test_export_and_info(folder):
     assert set(report["ops on cpu"]) == {"ghost_cheap", "dw_upsample", "oks_nms", "run_plan"}
     text = fastpose("info", cwd=folder).stdout
     assert "fused kernels" in text and "of one: fastpose info --model NAME" in text
+    assert report["native module"] == "loaded" or report["native module"].startswith("not available: ")
+
+
+def test_info_tells_of_what_does_not_load(capsys, monkeypatch):
+    """OpenCV needs libraries that slim containers lack; without them `info` is what one asks."""
+    message = "libGL.so.1: cannot open shared object file: No such file or directory"
+
+    class NoOpenCV:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cv2":
+                raise ImportError(message)
+
+    monkeypatch.setattr(sys, "meta_path", [NoOpenCV(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "cv2", raising=False)
+    monkeypatch.setattr("fastpose.ops._backend.LOADED", False)
+    monkeypatch.setattr("fastpose.ops._backend.WHY_NOT", "a test")
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["opencv"] == f"cannot be loaded: {message}" and "hog detector" not in report
+    for device in ("cpu", "cuda"):
+        assert report[f"ops on {device}"]["run_plan"] == "not there"
+        assert report[f"ops on {device}"]["oks_nms"] == "reference"
+    assert main(["predict", "photo.jpg"]) == 2
+    assert "on Debian and Ubuntu, apt-get install libgl1 libglib2.0-0" in capsys.readouterr().err
 
 
 @needs_kernels
@@ -259,6 +294,23 @@ def test_export_of_weights(tmp_path, capsys):
     target.unlink()
     assert main(arguments) == 2 and not target.exists()
     assert f"{key} has numbers that float16 cannot hold, up to 1e+06" in capsys.readouterr().err
+
+
+def test_export_of_weights_with_keypoints_of_ones_own(tmp_path, capsys):
+    weights, target = tmp_path / "w.pth", tmp_path / "w.safetensors"
+    torch.save(create_model("lite_hrnet_18", num_keypoints=4).state_dict(), weights)
+    (tmp_path / "mouse.toml").write_text('names = ["snout", "left_ear", "right_ear", "tail"]')
+    arguments = ["export", "--format", "safetensors", "--weights", str(weights), str(target)]
+    assert main(arguments) == 2 and "have 4 keypoints, but do not say which" in capsys.readouterr().err
+    assert main([*arguments, "--skeleton", "lsp14"]) == 2
+    assert "skeleton 'lsp14' has 14 keypoints, the weights have 4" in capsys.readouterr().err
+    assert main([*arguments, "--skeleton", str(tmp_path / "mouse.toml")]) == 0
+    skeleton = PoseEstimator(weights=target).skeleton
+    assert skeleton.names == ("snout", "left_ear", "right_ear", "tail") and skeleton.flip_pairs == ((1, 2),)
+    assert main(["export", "--format", "safetensors", "--skeleton", "lsp14", str(tmp_path / "no.safetensors")]) == 2
+    assert "--skeleton: " in capsys.readouterr().err and not (tmp_path / "no.safetensors").exists()
+    assert main(["export", "--skeleton", "lsp14", str(tmp_path / "no.pt")]) == 2
+    assert "--skeleton is about weights" in capsys.readouterr().err
 
 
 def test_export_of_weights_in_8_bits(tmp_path, capsys):
@@ -506,7 +558,7 @@ def test_keypoints_of_weights_of_others(tmp_path, capsys, monkeypatch):
     weights, target = tmp_path / "w.pth", tmp_path / "k.pt"
     torch.save(create_model("mobileposenet", num_keypoints=5).state_dict(), weights)
     arguments = ["export", "--keypoints", "--weights", str(weights), "--input-size", "64", "96", str(target)]
-    assert main(arguments) == 2 and "have 5 keypoints, but do not say which" in capsys.readouterr().err
+    assert main(arguments) == 0 and 'convention="hrnet"' in capsys.readouterr().out  # whatever they are called
     assert main([*arguments, "--codec", "udp"]) == 0
     assert 'crop_matrix(box, (64, 96), 1.25, convention="udp")' in capsys.readouterr().out
     points, _ = torch.jit.load(target)(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))

@@ -23,6 +23,7 @@ from fastpose.skeletons import (
     read_skeleton,
     skeleton_from_dict,
     skeleton_to_dict,
+    unpaired_sides,
 )
 from tests import datasets
 
@@ -371,6 +372,25 @@ def test_custom_with_nothing_but_the_least(tmp_path):
     # two files
     (tmp_path / "val.json").write_text((tmp_path / "annotations.json").read_text())
     assert len(load_dataset("custom", tmp_path, "val")) == 9
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("left_ear", "right_ear"), ("LeftEar", "RightEar"), ("leftEar", "rightEar"), ("earL", "earR"),
+        ("LEar", "REar"), ("lEar", "rEar"), ("lefteye", "righteye"), ("eye left", "eye right"), ("left1", "right1"),
+        ("L1", "R1"), ("LEFT_EAR", "RIGHT_EAR"), ("ear.l", "ear.r"), ("EyeLInner", "EyeRInner"),
+        ("earleft", "earright"),
+    ],
+)  # fmt: skip
+def test_names_of_both_sides_are_paired(left, right):
+    for names in (["nose", left, right, "tail"], [right, "bright", left, "bulb"]):
+        skeleton = skeleton_from_dict({"names": names})
+        pairs = {frozenset(names[i] for i in pair) for pair in skeleton.flip_pairs}
+        assert pairs == {frozenset((left, right))} and not unpaired_sides(skeleton)
+    assert skeleton_from_dict({"names": [left, "tail", "TL", "TR"]}).flip_pairs == ()
+    lonely = skeleton_from_dict({"names": ["left_ear", "RightFoot", "bright", "lip"]})
+    assert lonely.flip_pairs == () and unpaired_sides(lonely) == ["left_ear", "RightFoot"]
 
 
 def test_skeleton_files(tmp_path):

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from fastpose.average_precision import average_precision_pycocotools
 from fastpose.codecs import SoftmaxHeatmapCodec
 from fastpose.data import PoseData, from_results, load_dataset, to_results
 from fastpose.evaluate import evaluate, to_text
 from fastpose.metrics import torso_lengths
+from fastpose.models import create_model
 from fastpose.pipeline import PoseEstimator
 from fastpose.poses import Poses
 from fastpose.scoring import score_poses
@@ -153,7 +155,7 @@ def test_bad_images_are_left_out_and_counted(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"nothing is left to evaluate: image cannot be read: 1"):
         evaluate(Oracle(data), load_dataset("coco", tmp_path, "val", limit=1))
-    with pytest.raises(ValueError, match="the weights have skeleton 'lsp14', the data set 'coco17'"):
+    with pytest.raises(ValueError, match="the weights know 'lsp14', the data set has 'coco17' with 17"):
         evaluate(PoseEstimator(detector="none"), data)
 
 
@@ -413,6 +415,29 @@ def test_evaluating_does_not_change_the_data(tmp_path, coco_data):
     (tmp_path / "val2017" / "002.png").write_bytes(b"broken")
     counts = [evaluate(Oracle(coco_data), coco_data).report.findings["image cannot be read"].count for _ in range(2)]
     assert counts == [1, 1] and not coco_data.report.findings
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    from fastpose.cli import main
+
+    datasets.write_standard_coco(tmp_path)
+    (tmp_path / "file").write_text("")
+    command = ["evaluate", str(tmp_path), "--dataset", "coco", "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr("fastpose.evaluate.evaluate", None)
+        for more, message in (
+            (["--results", str(tmp_path)], "is a folder, expected the name of a file"),
+            (["--json", str(tmp_path / "file" / "n.json")], "file"),
+            (["--worst", str(tmp_path / "worst")], "OpenCV cannot write images with suffix ''"),
+            (["--worst", str(tmp_path / "w.png"), "--worst-count", "0"], "--worst-count must be at least 1, got 0"),
+        ):
+            assert main([*command, *more]) == 2
+            assert message in capsys.readouterr().err
+    torch.save(create_model("mobileposenet").state_dict(), tmp_path / "w.pth")
+    monkeypatch.setattr("fastpose.evaluate.Evaluation.write_results", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    files = ["--results", str(tmp_path / "r.json"), "--json", str(tmp_path / "n.json")]
+    assert main([*command, "--weights", str(tmp_path / "w.pth"), "--input-size", "64", "64", *files]) == 2
+    assert "fastpose: error: full" in capsys.readouterr().err and (tmp_path / "n.json").is_file()
 
 
 def test_results_of_another_metric_are_refused_before_the_work(tmp_path, capsys, monkeypatch):

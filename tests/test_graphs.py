@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -71,15 +73,39 @@ class Replay:
     """Stands for a captured graph."""
 
     made: list[tuple[int, ...]] = []
+    waited = 0  # for what still reads the memory of a graph that goes
 
     def __init__(self, compute, x):
         if x.shape[0] == 7:
             raise RuntimeError("out of memory\nand so on")
-        self.compute = compute
+        self.compute, self.free = compute, self
         self.made.append(tuple(x.shape))
 
     def run(self, x):
         return self.compute(x)
+
+    def synchronize(self):
+        Replay.waited += 1
+
+
+def test_one_thread_captures_at_a_time(monkeypatch):
+    """torch waits for the whole device before a capture, which no device allows while anything is captured on it."""
+    inside, most = [], []
+
+    def slow(call):
+        inside.append(call)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.remove(call)
+        return None, call()
+
+    monkeypatch.setattr(graphs, "_capture", slow)
+    threads = [threading.Thread(target=graphs.capture, args=(lambda i=i: i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 def test_graphs_are_made_for_shapes_that_return(monkeypatch):
@@ -125,7 +151,8 @@ def test_few_graphs_and_many_shapes(monkeypatch):
         for batch in (1, 2, 3):
             kept = call(batch)
     assert kept == [1, 2] and len(Replay.made) == 2
-    assert call(3) == [2, 3] and len(Replay.made) == 3
+    waited = Replay.waited
+    assert call(3) == [2, 3] and len(Replay.made) == 3 and Replay.waited == waited + 1
     assert call(1) == [2, 3]  # which begins anew
 
 
@@ -137,8 +164,9 @@ def test_graphs_are_forgotten_when_weights_move(monkeypatch):
     with torch.no_grad():
         fast(x), fast(x)
         assert len(fast._graphs) == 1
+        waited = Replay.waited
         fast.double()
-        assert not fast._graphs and not fast._calls
+        assert not fast._graphs and not fast._calls and Replay.waited == waited + 1
         assert torch.allclose(fast(x), model(x), atol=1e-4)
 
 

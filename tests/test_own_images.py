@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -143,3 +144,117 @@ def _stderr(arguments):
     with contextlib.redirect_stderr(text):
         assert main(arguments) == 2
     return text.getvalue()
+
+
+def run_of(mice, tmp_path, *more: str) -> list[str]:
+    settings = [f"data={mice}", f"output={tmp_path / 'run'}", "stages=[{size=[32,32],epochs=4,batch_size=4}]"]
+    return ["train", "--config", "own_images", "--quiet", "workers=0", "init=", *settings, *more]
+
+
+def test_without_mirroring_the_flip_test_is_not_recommended(mice, tmp_path):
+    """A network that never saw a mirrored image knows nothing about one."""
+    for mirror in ("0", "0.5"):
+        assert main([*run_of(mice, tmp_path / mirror), f"augment.mirror={mirror}"]) == 0
+        assert read_info(tmp_path / mirror / "run" / "best.safetensors").flip_test is (mirror != "0")
+
+
+def test_keypoints_without_a_right_and_left_are_pointed_out(tmp_path, capsys):
+    names = ("corner_a", "corner_b", "left_corner", "corner_d")
+    folder = datasets.write_coco(tmp_path / "d", datasets.coco_content(names, 10, 1), "annotations.json", "images")
+    assert main(run_of(folder, tmp_path)) == 0
+    assert "no keypoints are a pair of left and right: each keeps its name" in capsys.readouterr().err
+    assert main(["validate-data", str(folder), "--dataset", "custom", "--split", "all", "--quiet"]) == 2
+    assert "keypoint of one side without that of the other" in capsys.readouterr().out
+
+
+def test_data_that_changed_are_not_gone_on_with(mice, tmp_path, capsys):
+    assert main(run_of(mice, tmp_path)) == 0
+    content = json.loads((mice / "annotations.json").read_text())
+    content["annotations"][3]["keypoints"][0] += 1
+    (mice / "annotations.json").write_text(json.dumps(content))
+    assert main([*run_of(mice, tmp_path), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "data are not those that the run began with" in said and "another output folder with others" in said
+
+
+def test_images_that_cannot_be_read_for_validation_are_told(mice, tmp_path, capsys):
+    (mice / "images" / "005.png").write_bytes(b"broken")
+    assert main(run_of(mice, tmp_path)) == 0
+    assert capsys.readouterr().err.count("image cannot be read: 1") == 1
+    report = json.loads((tmp_path / "run" / "data.json").read_text())["val"]
+    assert report["images"] == 1 and "image cannot be read" in report["findings"]
+
+
+def test_a_disturbed_disk_costs_one_validation_no_images(mice, tmp_path, monkeypatch):
+    """What could not be read once is read again the next time."""
+    seen, read = [], fastpose.data.base.read_image
+
+    def stale(path, **options):
+        seen.append(Path(path).name)
+        if Path(path).name == "005.png" and seen.count("005.png") == 2:  # the first is the look before training
+            raise fastpose.ImageError(f"{path}: stale file handle")
+        return read(path, **options)
+
+    monkeypatch.setattr("fastpose.data.base.read_image", stale)
+    scored, evaluate = [], fastpose.train.evaluate
+    monkeypatch.setattr(
+        "fastpose.train.evaluate", lambda *a, **o: (r := evaluate(*a, **o), scored.append(len(r.data.image_files())))[0]
+    )
+    assert main([*run_of(mice, tmp_path), "validate_every=1"]) == 0
+    assert len(scored) == 4 and set(scored[2:]) == {2}
+
+
+def test_nothing_readable_to_train_on(mice, tmp_path, capsys):
+    for i in range(10):
+        if i % 5:
+            (mice / "images" / f"{i:03d}.png").write_bytes(b"broken")
+    assert main(run_of(mice, tmp_path)) == 2
+    assert "nobody is left: none of 7 can be used: image cannot be read" in capsys.readouterr().err
+
+
+def test_what_the_data_do_not_say_the_weights_do(mice, tmp_path):
+    """Sigmas of a skeleton file that lay elsewhere in training."""
+    (mice / "skeleton.toml").rename(tmp_path / "mouse.toml")
+    assert main([*run_of(mice, tmp_path), f"skeleton={tmp_path / 'mouse.toml'}"]) == 0
+    weights, numbers = tmp_path / "run" / "final.safetensors", tmp_path / "n.json"
+    logged = list(csv.DictReader((tmp_path / "run" / "log.csv").read_text().splitlines()))[-1]["val_ap"]
+    for more, sigma in (([], 0.3), (["--skeleton", str(tmp_path / "other.toml")], 0.2)):
+        (tmp_path / "other.toml").write_text(f"names = {json.dumps(NAMES)}\nsigmas = [0.2, 0.2, 0.2, 0.2]")
+        common = ["evaluate", str(mice), "--dataset", "custom", "--no-flip-test", "--quiet", f"--json={numbers}"]
+        assert main([*common, "--weights", str(weights), *more]) == 0
+        content = json.loads(numbers.read_text())
+        assert content["sigmas"] == [sigma] * 4
+        if not more:
+            assert content["value"] == pytest.approx(float(logged), abs=0.006)
+
+
+def test_names_in_another_order_are_refused(mice, capsys):
+    (mice / "skeleton.toml").write_text(f"names = {json.dumps(NAMES[::-1])}")
+    assert main(["validate-data", str(mice), "--dataset", "custom", "--split", "all"]) == 2
+    assert "has 'tail' at position 0, the annotations' category 'person' at 3" in capsys.readouterr().err
+    (mice / "skeleton.toml").write_text('names = ["a", "b", "c", "d"]')
+    assert main(["validate-data", str(mice), "--dataset", "custom", "--split", "all"]) == 2
+    assert "category with other keypoints than the skeleton's: 1 (person)" in capsys.readouterr().out
+
+
+def test_two_kinds_of_animals_with_the_same_keypoints(tmp_path):
+    content = datasets.coco_content(NAMES, 10, 1)
+    content["categories"] = [
+        {**content["categories"][0], "id": i, "name": name} for i, name in ((2, "cat"), (3, "dog"))
+    ]
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["category_id"] = 2 + i % 2
+    folder = datasets.write_coco(tmp_path / "d", content, "annotations.json", "images")
+    results, numbers = tmp_path / "results.json", tmp_path / "n.json"
+    results.write_text(json.dumps([{**a, "score": 1.0} for a in content["annotations"]]))
+    common = ["evaluate", str(folder), "--dataset", "custom", "--split", "all", "--quiet", f"--json={numbers}"]
+    assert main([*common, "--predictions", str(results)]) == 0
+    assert json.loads(numbers.read_text())["value"] == pytest.approx(100)
+    assert main([*run_of(folder, tmp_path)]) == 0
+    boxes = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.5} for a in content["annotations"]]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    for more in ([], ["--boxes", str(tmp_path / "boxes.json")]):
+        weights = ["--weights", str(tmp_path / "run" / "final.safetensors"), "--nms", "none"]
+        assert main([*common, *weights, "--results", str(results), *more]) == 0
+        found = {(r["image_id"], r["category_id"]) for r in json.loads(results.read_text())}
+        assert found == {(a["image_id"], a["category_id"]) for a in content["annotations"]}

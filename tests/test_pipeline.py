@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -12,7 +13,7 @@ import skimage.data
 import torch
 
 import fastpose
-from fastpose import BoxError, ImageError, PoseEstimator, Poses
+from fastpose import BoxError, ImageError, PoseEstimator, Poses, create_model
 from fastpose.checkpoints import DEFAULT_WEIGHTS, read_info, resolve_weights, save_weights
 from fastpose.detect import HOG_MISSING, hog_available, make_detector
 from fastpose.geometry import crop_matrix, warp_crop
@@ -280,6 +281,41 @@ def test_detectors(photo, monkeypatch):
             make_detector("hog")
         detect, notice = make_detector("auto")
         assert HOG_MISSING in notice and detect(photo)[0].tolist() == [[0, 0, 320, 240]]
+
+
+def test_what_hog_finds_becomes_boxes_of_people(monkeypatch):
+    """Its window has margins, its weights are distances, and large images are reduced for it."""
+
+    class Hog:
+        seen: ClassVar[list[tuple[int, int]]] = []
+
+        def detectMultiScale(self, image, **settings):
+            self.seen.append(image.shape[:2])
+            return np.array([[100, 40, 100, 200], [-50, 300, 100, 200]]), np.array([[1.0], [-0.5]])
+
+    monkeypatch.setattr("fastpose.detect._hog", Hog)
+    detect = make_detector("hog")[0]
+    boxes, scores = detect(np.zeros((400, 300, 3), np.uint8))
+    assert np.allclose(boxes, [[115, 56, 185, 224], [0, 316, 35, 400]]) and boxes.dtype == np.float32
+    assert scores.tolist() == [0.5, 0.0]
+    boxes, _ = detect(np.zeros((1600, 900, 3), np.uint8))  # twice as large as it may be
+    assert np.allclose(boxes, [[230, 112, 370, 448], [0, 632, 70, 968]])
+    assert Hog.seen == [(400, 300), (800, 450)]
+    for shape in ((127, 300, 3), (400, 63, 3), (9000, 100, 3)):  # less than a window, the last once it is reduced
+        boxes, scores = detect(np.zeros(shape, np.uint8))
+        assert boxes.shape == (0, 4) and scores.shape == (0,)
+    assert len(Hog.seen) == 2
+
+
+def test_the_network_is_that_of_the_weights(tmp_path):
+    assert PoseEstimator().model_name == PoseEstimator("auto").model_name == "mobileposenet"
+    path = tmp_path / "w.pth"
+    torch.save(create_model("lite_hrnet_18").state_dict(), path)
+    assert PoseEstimator(weights=path).model_name == "lite_hrnet_18"
+    assert PoseEstimator(weights=resolve_weights("default", "hr_litenet")).model_name == "hr_litenet"
+    with pytest.raises(ValueError, match="it is a 'lite_hrnet_18' with num_keypoints=17"):
+        PoseEstimator("mobileposenet", path)
+    assert create_model("auto", weights="default").head.weight.shape[0] == 14
 
 
 def test_auto_takes_the_whole_image_or_the_detected_people_whichever_fits(photo, monkeypatch):

@@ -46,6 +46,31 @@ def test_people_keep_their_numbers():
     assert numbers(tracker, (400, 0), time=100.0) == [6]
 
 
+def test_who_was_away_for_just_the_patience_is_still_known():
+    """Half a frame is for rounding, and not more."""
+    for frames, number in ((5, 1), (6, 2)):
+        tracker = Tracker(25, patience=0.2)
+        assert numbers(tracker, (0, 0), time=0.0) == [1]
+        for i in range(1, frames):
+            assert numbers(tracker, time=i / 25) == []
+        assert numbers(tracker, (1, 0), time=frames / 25) == [number]
+
+
+def test_a_person_that_comes_closer_is_measured_by_its_new_size():
+    """OKS has the mean area of both poses: of one ten times as large a step of 30 pixels is none."""
+    grown = people((0, 0))
+    grown.keypoints[:] = SHAPE * 10
+    grown.boxes[:] = [0, 0, 600, 1000]
+    moved = people((0, 0))
+    moved.keypoints[:] = SHAPE * 10 + [40, 0]
+    moved.boxes[:] = [40, 0, 640, 1000]
+    tracker = Tracker(25, smooth=False)
+    assert [tracker(p).track_ids.tolist() for p in (people((0, 0)), grown, moved)] == [[1], [2], [2]]
+    assert numbers(Tracker(25), (0, 0)) == [1]
+    tracker = Tracker(25, smooth=False)
+    assert numbers(tracker, (0, 0)) == [1] and numbers(tracker, (40, 0)) == [2]  # of a small one it is
+
+
 def similarity(a: Poses, i: int, b: Poses, j: int) -> float:
     """OKS by its definition."""
     area = sum(float(np.prod(p.boxes[n, 2:].astype(float) - p.boxes[n, :2])) for p, n in ((a, i), (b, j))) / 2
@@ -219,7 +244,7 @@ def test_numbers_are_written_and_drawn():
 def test_a_tracked_video(tmp_path, capsys, monkeypatch):
     photo = cv2.resize(cv2.imread(str(Path(__file__).parent.parent / "docs" / "astronaut.jpg")), (256, 256))
     monkeypatch.chdir(tmp_path)
-    with write_video("clip.mp4", 25, (256, 256)) as add:
+    with write_video("clip.mp4", 10, (256, 256)) as add:
         for i in range(6):
             add(np.roll(photo[:, :, ::-1], 2 * i, axis=1))
     found = {}
@@ -232,6 +257,13 @@ def test_a_tracked_video(tmp_path, capsys, monkeypatch):
     assert all(a["keypoints"] == b["keypoints"] for a, b in zip(found["plain"], found["track"], strict=True))
     assert found["smooth"][0]["keypoints"] == found["plain"][0]["keypoints"]
     assert found["smooth"][5]["keypoints"] != found["plain"][5]["keypoints"]
+    tracker = Tracker(10)  # as by hand at the video's rate
+    for before, after in zip(found["plain"], found["smooth"], strict=True):
+        points, filtered = (np.array(a["keypoints"]).reshape(1, 14, 3) for a in (before, after))
+        x, y, w, h = before["bbox"]
+        box = np.array([[x, y, x + w, y + h]])
+        pose = Poses(points[..., :2], points[..., 2], box, np.ones(1), (256, 256), LSP14)
+        assert np.abs(tracker(pose).keypoints - filtered[..., :2]).max() < 0.01
     cv2.imwrite("photo.png", photo)
     assert main(["predict", "photo.png", "--track"]) == 2
     assert "--track and --smooth are for videos, of which there is none here" in capsys.readouterr().err

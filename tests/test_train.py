@@ -36,7 +36,7 @@ from fastpose.data.crops import (
     change_colours,
     half_body_box,
 )
-from fastpose.geometry import apply_affine, crop_matrix
+from fastpose.geometry import apply_affine, crop_matrix, invert_affine
 from fastpose.metrics import pck, torso_lengths
 from fastpose.skeletons import COCO17, LSP14
 from fastpose.train import Average, Optimizer, Schedule, Stage, TrainConfig, _create_model, train
@@ -418,7 +418,17 @@ def test_unfit_teachers_are_named(lspet, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(short(lspet, tmp_path / "new", **changes), quiet=True)
         assert not (tmp_path / "new" / "last.pt").exists()
-    with pytest.raises(ValueError, match="knows the keypoints lsp14, the data have coco17"):
+    udp = str(tmp_path / "udp" / "final.safetensors")
+    train(short(lspet, tmp_path / "udp", codec=UDPHeatmapCodec()), quiet=True)
+    for size, teacher, codec, message in (
+        ((64, 64), udp, UDPHeatmapCodec(), r"with codec 'udp' stages must have that size, got \(64, 64\)"),
+        ((64, 32), weights, None, r"stages must have the same ratio of the sides, got \(64, 32\)"),
+    ):
+        changed = config(lspet, tmp_path / "new", stages=(Stage(size, 1.0, 4),), teacher=teacher, codec=codec)
+        with pytest.raises(ValueError, match=message):
+            Teacher(changed, LSP14, torch.device("cpu"))
+    Teacher(short(lspet, tmp_path / "new", teacher=udp, codec=UDPHeatmapCodec()), LSP14, torch.device("cpu"))
+    with pytest.raises(ValueError, match="knows 'lsp14', the data have 'coco17' with 17 keypoints instead of 14"):
         Teacher(short(lspet, tmp_path / "new", teacher=weights), COCO17, torch.device("cpu"))
 
 
@@ -549,6 +559,118 @@ def test_nothing_to_resume(lspet, tmp_path):
         train(config(lspet, tmp_path / "run"), resume=True)
 
 
+def stop_when_saved(monkeypatch, step: int) -> list[int]:
+    """Kill the run once it has saved `step`, or before it saves anything if that is 0; returns what it has saved."""
+    saved, original = [], fastpose.train.save_state
+
+    def save_state(path, **state):
+        if step:
+            original(path, **state)
+            saved.append(state["step"])
+        if state["step"] == step or not step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastpose.train.save_state", save_state)
+    return saved
+
+
+def test_a_run_killed_before_it_saved_anything_begins_again(lspet, tmp_path, monkeypatch, capsys):
+    """A queue that starts killed runs again with --resume need not know how far they came."""
+    train(short(lspet, tmp_path / "whole"), quiet=True)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_when_saved(patched, 0)
+        train(short(lspet, tmp_path / "part"), quiet=True)
+    (tmp_path / "part" / ".last.123.pt").write_bytes(b"half of it")
+    with (tmp_path / "part" / "log.csv").open("a") as file:
+        file.write("2026-11")
+    with pytest.raises(ValueError, match="cannot be resumed with other settings"):
+        train(short(lspet, tmp_path / "part", lr=0.5), resume=True, quiet=True)
+    train(short(lspet, tmp_path / "part"), resume=True, quiet=True)
+    assert "was killed before it saved anything; it begins again" in capsys.readouterr().err
+    same_run(tmp_path / "whole", tmp_path / "part")
+    assert not list((tmp_path / "part").glob(".*"))
+
+
+def test_a_line_that_was_not_written_to_its_end(lspet, tmp_path, monkeypatch):
+    train(config(lspet, tmp_path / "whole"), quiet=True)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_when_saved(patched, 8)
+        train(config(lspet, tmp_path / "part"), quiet=True)
+    log = tmp_path / "part" / "log.csv"
+    log.write_text(log.read_text() + "2026-11")
+    train(config(lspet, tmp_path / "part"), resume=True, quiet=True)
+    same_run(tmp_path / "whole", tmp_path / "part")
+
+
+def test_the_state_is_saved_between_validations_too(lspet, tmp_path, monkeypatch):
+    """Hours may lie between two of them."""
+    settings = {"validate_every": 100.0, "optimizer": "muon"}
+    train(config(lspet, tmp_path / "whole", **settings), quiet=True)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        saved = stop_when_saved(patched, 7)
+        patched.setattr("fastpose.train.SAVE_AFTER", 0.0)
+        train(config(lspet, tmp_path / "part", **settings), quiet=True)
+    assert saved == list(range(1, 8))
+    train(config(lspet, tmp_path / "part", **settings), resume=True, quiet=True)
+    whole, part = final(tmp_path / "whole"), final(tmp_path / "part")
+    assert all(torch.equal(whole[k], part[k]) for k in whole)
+
+
+def test_weights_to_begin_with_are_not_needed_to_go_on(lspet, tmp_path):
+    train(short(lspet, tmp_path / "first"), quiet=True)
+    begin, teacher = tmp_path / "begin.safetensors", tmp_path / "teacher.safetensors"
+    for path in (begin, teacher):
+        path.write_bytes((tmp_path / "first" / "final.safetensors").read_bytes())
+    train(short(lspet, tmp_path / "run", init=str(begin), teacher=str(teacher)), quiet=True)
+    begin.unlink()
+    moved = teacher.rename(tmp_path / "moved.safetensors")
+    train(short(lspet, tmp_path / "run", init=str(begin), teacher=str(moved)), resume=True, quiet=True)
+    train(short(lspet, tmp_path / "run", teacher=str(moved)), resume=True, quiet=True)
+    moved.write_bytes((tmp_path / "run" / "final.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"cannot be resumed with another teacher: .*moved.safetensors has other"):
+        train(short(lspet, tmp_path / "run", teacher=str(moved)), resume=True, quiet=True)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(state, path):
+        Path(path).write_bytes(b"some")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"last\.pt could not be written: \[enforce fail"):
+        fastpose.train.save_state(tmp_path / "last.pt", step=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_nobody_can_measure_are_the_latest(lspet, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("fastpose.train.validate", lambda weights, data, **_: (math.nan, data))
+        assert math.isnan(train(short(lspet, tmp_path / "run"), quiet=True))
+    best, last = load_file(tmp_path / "run" / "best.safetensors"), final(tmp_path / "run")
+    assert all(torch.equal(best[k], last[k]) for k in last)
+    data = load_lspet(lspet, "val")
+    data.labelled[:, [LSP14.names.index("left_hip"), LSP14.names.index("right_hip")]] = False
+    with pytest.raises(ValueError, match="none of the 500 people to validate on has both labelled"):
+        check_validation(data)
+
+
+def test_the_surroundings_are_enough_for_the_largest_changes():
+    """Corners of crops, the largest, turned anyhow and shifted, lie in what is kept."""
+    for size in ((64, 64), (96, 64), (64, 128)):
+        augment = Augmentation(log_scale=0.4, scale=(0.5, 1.6), shift=0.2, any_rotation=1.0)
+        reach = augment.reach(size)
+        box = np.array([100.0, 100, 180, 150])
+        rng, farthest = np.random.default_rng(0), 0.0
+        for _ in range(300):
+            change = augment.draw(rng)
+            inverse = invert_affine(change.matrix(box, size, 1.25, "fastpose"))
+            h, w = size
+            corners = apply_affine(inverse, np.array([[0, 0], [w - 1, 0], [0, h - 1], [w - 1, h - 1]], np.float64))
+            farthest = max(farthest, np.abs(corners - [140, 125]).max() / (80 * 1.25 / 2))
+        assert 0.5 * reach < farthest <= reach
+    assert Augmentation().reach((64, 64)) < 2.2 < Augmentation(scale=(1.0, 2.0)).reach((64, 64))
+
+
 def test_schedule():
     c = TrainConfig(data="", output="", stages=(Stage((32, 32), 2.0, 10),), warmup=0.1, decay_start=0.5)
     schedule = Schedule(c, 1000)
@@ -593,18 +715,40 @@ def test_config_errors(tmp_path):
         ("codec.sigma=0.0", "codec.sigma must be above 0, got 0.0"),
         ("decay_start=nan", "decay_start must be between 0 and 1, got nan"),
         ("stages=[{size=[64,48],epochs=0}]", "stages need a positive size, number of epochs"),
+        ("stages=[{size=[64,48],epochs=2]", "override 'stages=.*' is not valid TOML: "),
+        ("validate_every=0", "validate_every must be positive and finite, got 0.0"),
+        ("validate_every=inf", "validate_every must be positive and finite, got inf"),
+        ("seed=-1", "seed must not be negative, got -1"),
+        ("threads=-1", "threads must not be negative, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             read_config(TrainConfig, None, [*base, override])
+    c = read_config(TrainConfig, None, [*base, "output=2024-01-01", "lr=.001", "data=007", "teacher='a'"])
+    assert (c.output, c.lr, c.data, c.teacher) == ("2024-01-01", 0.001, "007", "a")
     (tmp_path / "bad.toml").write_text("a = [")
     with pytest.raises(ValueError, match="is not valid TOML"):
         read_config(TrainConfig, tmp_path / "bad.toml", base)
 
 
-def test_all_stages_are_checked_before_the_first(lspet, tmp_path):
+def test_all_stages_are_checked_before_the_first(lspet, tmp_path, monkeypatch):
     stages = (Stage((64, 64), 1, 2), Stage((50, 64), 1, 2))
     with pytest.raises(ValueError, match=r"stages: mobileposenet takes sides that are multiples of \d+, got \(50, 64"):
         train(config(lspet, tmp_path / "run", stages=stages), quiet=True)
+    with pytest.raises(ValueError, match=r"codec.stride must be that of mobileposenet, which makes maps of \(8, 8\)"):
+        train(config(lspet, tmp_path / "run", codec=MSRAHeatmapCodec(stride=8)), quiet=True)
+    monkeypatch.setattr("fastpose.train.world_size", lambda: 2)
+    stages = (Stage((64, 64), 1, 2), Stage((64, 64), 1, 3))
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the number of processes, 2, got .*=3"):
+        train(config(lspet, tmp_path / "run", stages=stages), quiet=True)
+
+
+def test_settings_that_are_rarely_meant_are_pointed_out(lspet, tmp_path, capsys):
+    train(short(lspet, tmp_path / "run", milestones=(3.0, 4.0), warmup=100.0), quiet=True)
+    said = capsys.readouterr().err
+    assert "all milestones, [3.0, 4.0], lie behind the run's 2 epochs" in said
+    assert "warmup=100 are more steps than the run's 4" in said
+    train(short(lspet, tmp_path / "other", milestones=(1.0,), warmup=0.5), quiet=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_pck_by_hand():

@@ -79,10 +79,15 @@ FASTPOSE_INLINE void stream_fence() {
 }
 
 // Two vectors merged, numbers of both in turn: the first half of the result, and the second.
-#define FASTPOSE_INTERLEAVE(A, N, LOW, HIGH)                                                                  \
-  typedef A A##x##N __attribute__((vector_size(N * sizeof(A))));                                              \
-  FASTPOSE_INLINE A##x##N interleave_low(A##x##N a, A##x##N b) { return __builtin_shufflevector(a, b, LOW); } \
-  FASTPOSE_INLINE A##x##N interleave_high(A##x##N a, A##x##N b) { return __builtin_shufflevector(a, b, HIGH); }
+#if defined(__clang__)
+#define FASTPOSE_PICK(A, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC has __builtin_shufflevector from version 12 on
+#define FASTPOSE_PICK(A, a, b, ...) __builtin_shuffle(a, b, IntVec<A>{__VA_ARGS__})
+#endif
+#define FASTPOSE_INTERLEAVE(A, N, LOW, HIGH)                                                           \
+  typedef A A##x##N __attribute__((vector_size(N * sizeof(A))));                                       \
+  FASTPOSE_INLINE A##x##N interleave_low(A##x##N a, A##x##N b) { return FASTPOSE_PICK(A, a, b, LOW); } \
+  FASTPOSE_INLINE A##x##N interleave_high(A##x##N a, A##x##N b) { return FASTPOSE_PICK(A, a, b, HIGH); }
 #define FASTPOSE_LIST(...) __VA_ARGS__
 #if FASTPOSE_VECTOR_BYTES == 64
 FASTPOSE_INTERLEAVE(float, 16, FASTPOSE_LIST(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
@@ -96,6 +101,7 @@ FASTPOSE_INTERLEAVE(float, 4, FASTPOSE_LIST(0, 4, 1, 5), FASTPOSE_LIST(2, 6, 3, 
 FASTPOSE_INTERLEAVE(double, 2, FASTPOSE_LIST(0, 2), FASTPOSE_LIST(1, 3))
 #endif
 #undef FASTPOSE_INTERLEAVE
+#undef FASTPOSE_PICK
 #undef FASTPOSE_LIST
 
 // Lane i of the result is lane from[i] of v.

@@ -463,15 +463,24 @@ Tensor gradient_before_activation(const DeviceScope& device, const char* name, D
   return dz;
 }
 
-// Adds the slices in order, in double as the CPU does.
+// Adds the slices, in double as the CPU does: every kSumThreads-th in one thread, and then those sums in order. Few
+// channels have many slices, which one thread would wait for one after the other.
+constexpr int kSumThreads = 32, kSums = kThreads / kSumThreads;
 template <class T>
 __global__ void __launch_bounds__(kThreads) reduce_slices(const typename Compute<T>::type* partial, int64_t slices,
                                                           int64_t filters, int64_t taps, T* weight, T* bias) {
   using A = typename Compute<T>::type;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= filters * (taps + 1)) return;
+  double* shared = reinterpret_cast<double*>(shared_memory());  // [kSumThreads][kSums]
+  const int column = threadIdx.x % kSums, first = threadIdx.x / kSums;
+  const int64_t numbers = filters * (taps + 1), i = static_cast<int64_t>(blockIdx.x) * kSums + column;
   double sum = 0;
-  for (int64_t s = 0; s < slices; ++s) sum += static_cast<double>(partial[s * filters * (taps + 1) + i]);
+  if (i < numbers) {
+    for (int64_t s = first; s < slices; s += kSumThreads) sum += static_cast<double>(partial[s * numbers + i]);
+  }
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (first > 0 || i >= numbers) return;
+  for (int other = 1; other < kSumThreads; ++other) sum += shared[other * kSums + column];
   const int64_t filter = i / (taps + 1), tap = i % (taps + 1);
   (tap == taps ? bias[filter] : weight[filter * taps + tap]) = static_cast<T>(static_cast<A>(sum));
 }
@@ -510,9 +519,9 @@ void launch_gradient(const DeviceScope& device, const char* name, const Depthwis
   g.partial = partial.mutable_data_ptr();
   if (slices > 0) launch_size(g, slices);
   if (filters > 0) {
-    launch(device, name, reduce_slices<T>, Grid{ceil_div(filters * (taps + 1), kThreads)}, kThreads, 0,
-           static_cast<const A*>(g.partial), slices, filters, taps, static_cast<T*>(dweight.mutable_data_ptr()),
-           static_cast<T*>(dbias.mutable_data_ptr()));
+    launch(device, name, reduce_slices<T>, Grid{ceil_div(filters * (taps + 1), kSums)}, kThreads,
+           kThreads * sizeof(double), static_cast<const A*>(g.partial), slices, filters, taps,
+           static_cast<T*>(dweight.mutable_data_ptr()), static_cast<T*>(dbias.mutable_data_ptr()));
   }
 }
 

@@ -74,7 +74,8 @@ class AnnotatedImages:
         ids: identifiers as the annotation file has them, which result files use.
         files: paths. sizes: int64 [I, 2], (height, width) as annotated, 0 if it is not said.
         people: everybody annotated, crowds included, in the order of `ids`; what average precision is measured against.
-        category: the people's, in the annotation file and in files of results.
+        category: the people's, in the annotation file and in files of results; other_categories: those of the others
+            if there are several with the same keypoints.
         hidden: for every image the outlines of crowds and of people without labelled keypoints, put together: a mask
             in pycocotools' run-length code, or None if there is nobody of that kind or one of them has no outline.
             Empty if nobody has one.
@@ -86,6 +87,7 @@ class AnnotatedImages:
     people: KeypointTruth
     category: int | str = 1
     hidden: tuple[dict[str, Any] | None, ...] = ()
+    other_categories: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.files), len(self.sizes), len(self.people.image_ids)}
@@ -106,7 +108,9 @@ class AnnotatedImages:
         at = np.flatnonzero(chosen)
         ids, files = tuple(self.ids[i] for i in at), tuple(self.files[i] for i in at)
         hidden = tuple(self.hidden[i] for i in at) if self.hidden else ()
-        return AnnotatedImages(ids, files, self.sizes[at], self.people.of_images(chosen), self.category, hidden)
+        return replace(
+            self, ids=ids, files=files, sizes=self.sizes[at], people=self.people.of_images(chosen), hidden=hidden
+        )
 
     def read(self, i: int) -> Array:
         """Image `i`: uint8 RGB [H, W, 3], turned as the annotations want it; raises `ImageError`."""
@@ -128,6 +132,7 @@ class PoseData:
         head_sizes: float32 [N], MPII's reference length in pixels, NaN where unknown; None elsewhere.
         annotated: the images with everybody on them (data in COCO's format), None elsewhere.
         image_index: int64 [N], position of each person's image in `annotated`, None without it.
+        categories: [N] ids in the annotation file, None where there is one only.
         metric: how the data set is scored, one of `METRICS`.
         report: what was skipped while reading, and why.
     """
@@ -141,6 +146,7 @@ class PoseData:
     head_sizes: Array | None = None
     annotated: AnnotatedImages | None = None
     image_index: Array | None = None
+    categories: Array | None = None
     metric: str = "PCK@0.2"
     report: Report = field(default_factory=Report, compare=False)
 
@@ -149,7 +155,7 @@ class PoseData:
         if self.box_scores is None:
             object.__setattr__(self, "box_scores", np.ones(n, np.float32))
         shapes = {"keypoints": (n, k, 2), "labelled": (n, k), "boxes": (n, 4), "box_scores": (n,)}
-        for name, shape in {**shapes, "head_sizes": (n,), "image_index": (n,)}.items():
+        for name, shape in {**shapes, "head_sizes": (n,), "image_index": (n,), "categories": (n,)}.items():
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(f"PoseData.{name} must be {list(shape)}, got {list(value.shape)}")

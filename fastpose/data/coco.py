@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from fastpose.data.base import (
     Report,
     boxes_of_keypoints,
 )
-from fastpose.skeletons import Skeleton, skeleton_from_dict
+from fastpose.skeletons import UNDEFINED, Skeleton, skeleton_from_dict, unpaired_sides
 
 AREA_SHARE = 0.53  # of a box
 
@@ -46,6 +46,7 @@ class _Person:
     crowd: bool
     usable: bool  # for training and as a box to estimate
     outline: dict[str, Any] | None = None  # run-length code; of those only who are hidden from training
+    category: int | str = 1
 
 
 def read_json(path: str | Path, what: str) -> Any:
@@ -59,7 +60,7 @@ def read_json(path: str | Path, what: str) -> Any:
         raise ValueError(f"{what} {path} is not valid JSON: {error}") from None
 
 
-def skeleton_of_annotations(content: dict[str, Any], name: str = "custom", category: int | None = None) -> Skeleton:
+def skeleton_of_annotations(content: dict[str, Any], name: str = UNDEFINED, category: int | None = None) -> Skeleton:
     """Skeleton from ``categories`` of an annotation file: its ``keypoints`` (names) and ``skeleton`` (pairs from 1).
 
     Pairs of left and right are found by the names, sigmas are 0.07 (see `fastpose.skeletons.read_skeleton`).
@@ -136,6 +137,8 @@ def load_coco_format(
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     report = Report()
+    for keypoint in unpaired_sides(skeleton):
+        report.add("keypoint of one side without that of the other (flip_pairs in a skeleton file tells)", keypoint)
     images = _images(content["images"], report)
     if not images:
         raise ValueError(f"{where}: has no usable image entry; {report.to_text() or 'the list is empty'}")
@@ -146,7 +149,7 @@ def load_coco_format(
         raise FileNotFoundError(f"none of the {len(images)} images of {where} exists, e.g. "
                                 f"{next(iter(images.values()))['file_name']!r}; looked in {tried}")  # fmt: skip
 
-    categories = _categories(content, skeleton)
+    categories = _categories(content, skeleton, report)
     people = _people(content["annotations"], images, skeleton, categories, area_from_box, report)
     order = {image: i for i, image in enumerate(kept)}
     people = [p for p in people if p.image in order]
@@ -155,7 +158,8 @@ def load_coco_format(
     sizes = np.array([images[i]["size"] for i in kept], np.int64).reshape(-1, 2)
     truth = _truth(people, order, skeleton.num_keypoints, _crowd_index([images[i] for i in kept]))
     category = 1 if not categories or 1 in categories else min(categories, key=str)
-    annotated = AnnotatedImages(tuple(kept), paths, sizes, truth, category, _hidden(people, order))
+    others = tuple(sorted(categories - {category}, key=str))
+    annotated = AnnotatedImages(tuple(kept), paths, sizes, truth, category, _hidden(people, order), others)
     if detections is not None:
         return _detected(detections, least_score, annotated, categories or {1}, skeleton, report)
 
@@ -170,9 +174,17 @@ def load_coco_format(
         _clip(xyxy, sizes[places]).astype(np.float32),
         annotated=annotated,
         image_index=places,
+        categories=_ids([people[i].category for i in at]),
         metric="AP",
         report=report,
     )
+
+
+def _ids(values: list[Any]) -> Array:
+    """As an array of objects, whatever they are: numpy would make texts of all if one is."""
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
 
 
 def _truth(people: list[_Person], order: dict[Any, int], k: int, crowd_index: Array | None) -> KeypointTruth:
@@ -261,8 +273,12 @@ def _locate(images: dict[int | str, dict[str, Any]], folders: list[Path], report
     return found
 
 
-def _categories(content: dict[str, Any], skeleton: Skeleton) -> set[Any]:
-    """Ids of the categories with as many keypoints as the skeleton; empty: any."""
+def _categories(content: dict[str, Any], skeleton: Skeleton, report: Report) -> set[Any]:
+    """Ids of the categories with as many keypoints as the skeleton; empty: any.
+
+    Raises:
+        ValueError: none has so many, or the skeleton has their names in another order.
+    """
     categories = _category_list(content)
     counts = [len(_keypoint_names(c)) for c in categories]
     fitting = [
@@ -276,6 +292,17 @@ def _categories(content: dict[str, Any], skeleton: Skeleton) -> set[Any]:
         raise ValueError(
             f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the annotations' categories {counts}"
         )
+    for category in [] if exact else fitting:
+        names = _keypoint_names(category)
+        moved = [n for n in skeleton.names if n in names and names.index(n) != skeleton.names.index(n)]
+        if moved:
+            raise ValueError(
+                f"skeleton {skeleton.name!r} has {moved[0]!r} at position {skeleton.names.index(moved[0])}, the "
+                f"annotations' category {category.get('name', category['id'])!r} at {names.index(moved[0])}; all of "
+                f"them: {', '.join(skeleton.names)}; and {', '.join(map(str, names))}"
+            )
+        if not set(names) & set(skeleton.names):
+            report.add("category with other keypoints than the skeleton's", category.get("name", category["id"]))
     return {c["id"] for c in exact or fitting}
 
 
@@ -308,7 +335,7 @@ def _people(
             continue
         person = _person(entry, name, images[entry["image_id"]]["size"], skeleton, area_from_box, report)
         if person is not None:
-            people.append(person)
+            people.append(replace(person, category=1 if category is None else category))
     return people
 
 
@@ -434,7 +461,7 @@ def _detected(
     if not isinstance(content, list):
         raise ValueError(f'{detections}: expected a list of {{"image_id", "category_id", "bbox", "score"}}')
     place = {i: n for n, i in enumerate(annotated.ids)}
-    at, boxes, scores = [], [], []
+    at, boxes, scores, kinds = [], [], [], []
     for i, entry in enumerate(content):
         box = _numbers(entry.get("bbox"), 4) if isinstance(entry, dict) else None
         if box is None or not is_number(entry.get("score")) or not _is_id(entry.get("image_id")):
@@ -451,6 +478,7 @@ def _detected(
             at.append(place[entry["image_id"]])
             boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]])
             scores.append(entry["score"])
+            kinds.append(entry.get("category_id", annotated.category))
     n, k = len(at), skeleton.num_keypoints
     if content and n == 0:
         report.add("no detection is left", where)
@@ -463,6 +491,7 @@ def _detected(
         np.array(scores, np.float32),
         annotated=annotated,
         image_index=np.array(at, np.int64),
+        categories=_ids(kinds),
         metric="AP",
         report=report,
     )
@@ -551,23 +580,30 @@ def load_custom(
 
 
 def to_results(
-    annotated: AnnotatedImages, image_index: Array, keypoints: Array, keypoint_scores: Array, scores: Array
+    annotated: AnnotatedImages,
+    image_index: Array,
+    keypoints: Array,
+    keypoint_scores: Array,
+    scores: Array,
+    categories: Array | None = None,
 ) -> list[dict[str, Any]]:
     """Result entries in COCO's submission format: image_id, category_id, keypoints [x, y, score, ...], score.
 
     Args:
         image_index: [N] positions in `annotated`; keypoints: [N, K, 2] pixels; keypoint_scores: [N, K]; scores: [N].
+        categories: [N], if they are not all of the annotations' first.
     """
+    kinds = [annotated.category] * len(scores) if categories is None else list(categories)
     triples = np.concatenate([keypoints, keypoint_scores[..., None]], axis=2).astype(np.float64)
     flat = triples.reshape(len(scores), 3 * keypoints.shape[1])
     return [
         {
             "image_id": annotated.ids[int(i)],
-            "category_id": annotated.category,
+            "category_id": kind,
             "keypoints": [round(v, 3) for v in row],
             "score": float(score),
         }
-        for i, row, score in zip(image_index, flat.tolist(), scores, strict=True)
+        for i, kind, row, score in zip(image_index, kinds, flat.tolist(), scores, strict=True)
     ]
 
 
@@ -578,6 +614,8 @@ def from_results(entries: list[Any], annotated: AnnotatedImages, report: Report 
     """
     report = Report() if report is None else report
     k = annotated.people.visible.shape[1]
+    accepted = (annotated.category, *annotated.other_categories)
+    which = " or ".join(map(str, accepted))
     place = {i: n for n, i in enumerate(annotated.ids)}
     at, points, scores, areas = [], [], [], []
     has_box = bool(entries) and isinstance(entries[0], dict) and bool(entries[0].get("bbox"))
@@ -590,8 +628,8 @@ def from_results(entries: list[Any], annotated: AnnotatedImages, report: Report 
         if not _is_id(entry.get("image_id")) or entry["image_id"] not in place:
             report.add("result for an image that is not evaluated", entry.get("image_id"), wrong=False)
             continue
-        if entry.get("category_id", annotated.category) != annotated.category:
-            report.add(f"result of another category than {annotated.category}", entry["category_id"], wrong=False)
+        if entry.get("category_id", annotated.category) not in accepted:
+            report.add(f"result of another category than {which}", entry["category_id"], wrong=False)
             continue
         xy = flat.reshape(k, 3)[:, :2]
         extent = xy.max(0) - xy.min(0) if box is None else box[2:]

@@ -80,6 +80,13 @@ class Augmentation:
         """How much larger than without a change a person gets at most; half a body fills a crop that was for all."""
         return (1.7 if self.half_body else 1.0) * math.exp(self.log_scale) / self.scale[0]
 
+    def reach(self, size: tuple[int, int]) -> float:
+        """Side of the square around a person in which all changed crops of `size` lie, in units of the longer side of
+        the padded box; without half bodies, whose crops are smaller and elsewhere.
+        """
+        aspect = max(size) / min(size)
+        return math.exp(self.log_scale) * self.scale[1] * (math.hypot(1, aspect) + 2 * self.shift * aspect)
+
     def draw(self, rng: np.random.Generator) -> Change:
         """The geometric part of a change, at random."""
         mirror = bool(rng.random() < self.mirror)
@@ -151,11 +158,16 @@ class DecodedStore(ABC, Generic[T]):
         self.data = data
         self.kept: list[T | None] = [None] * count
         self.reported: set[str] = set()
+        self.usable = False  # any of them
         for i in tqdm(range(count), desc="reading", unit="image", disable=quiet):
-            if memory <= 0:
+            if memory <= 0 and self.usable:
                 break
-            item = self.kept[i] = self.get(i, announce=False)
-            memory -= self._bytes(item)
+            item = self.get(i, announce=False)
+            if memory > 0:
+                self.kept[i] = item
+                memory -= self._bytes(item)
+        if not self.usable:
+            raise ValueError(f"nobody is left: none of {count} can be used: {data.report.to_text(wrong_only=True)}")
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -176,7 +188,9 @@ class DecodedStore(ABC, Generic[T]):
         if known is not None:
             return known
         try:
-            return self._load(i)
+            item = self._load(i)
+            self.usable = True
+            return item
         except ImageError as error:
             if str(error) not in self.reported:
                 self.reported.add(str(error))
@@ -189,14 +203,20 @@ class DecodedStore(ABC, Generic[T]):
 class CropStore(DecodedStore[_Person]):
     """The decoded surroundings of every person, reduced to at most `side` pixels per padded box side.
 
-    2.2 box sides are kept around each person, enough for every rotation, scale and shift.
+    `reach` padded box sides are kept around each person: those of `Augmentation.reach`, at least 2.2, in which half
+    bodies are.
     """
 
-    REACH = 2.2
-
-    def __init__(self, data: PoseData, padding: float, side: int, memory: float = math.inf, quiet: bool = True) -> None:
-        self.padding = padding
-        self.side = side
+    def __init__(
+        self,
+        data: PoseData,
+        padding: float,
+        side: int,
+        memory: float = math.inf,
+        quiet: bool = True,
+        reach: float = 2.2,
+    ) -> None:
+        self.padding, self.side, self.reach = padding, side, max(reach, 2.2)
         super().__init__(data, len(data), memory, quiet)
 
     def _blank(self) -> _Person:
@@ -213,7 +233,7 @@ class CropStore(DecodedStore[_Person]):
         box = self.data.boxes[i].astype(np.float64)
         centre = (box[:2] + box[2:]) / 2
         extent = max(box[2] - box[0], box[3] - box[1], 1.0) * self.padding
-        half = self.REACH * extent / 2
+        half = self.reach * extent / 2
         x1, y1 = np.maximum(np.floor(centre - half).astype(int), 0)
         x2, y2 = np.minimum(np.ceil(centre + half).astype(int) + 1, [image.shape[1], image.shape[0]])
         if x1 >= x2 or y1 >= y2:

@@ -28,7 +28,7 @@ def _load() -> tuple[bool, str]:
     if wish == "0":
         return False, "switched off by FASTPOSE_FUSED=0"
     if not LIBRARY.is_file():
-        how = "FASTPOSE_BUILD_EXT=1 pip install -v --no-build-isolation . says what is missing: torch, g++ 12 or newer"
+        how = "FASTPOSE_BUILD_EXT=1 pip install -v --no-build-isolation . says what is missing: torch, g++ 11 or newer"
         reason = f"{LIBRARY.name} was not built (for the kernels: {how})"
     else:
         try:

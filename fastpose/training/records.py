@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from fastpose.training.settings import TrainConfig
 
 # settings that change the speed, and the outcome by rounding at most
 FREE = ("data", "output", "memory", "workers", "threads", "device", "compile", "tensorboard")
+BEGINNING = ("init",)  # and those that matter at the beginning only
 
 
 class Log:
-    """Appends lines to a CSV file, whose header are the keys of the first one, and to TensorBoard if that is wanted.
+    """Lines of a CSV file, whose header are the keys of the first one, and TensorBoard's if that is wanted.
 
-    A run that goes on at `step` removes the lines of later steps, which it is about to repeat.
+    A run that goes on at `step` removes the lines of later steps, which it is about to repeat; one that begins, at step
+    0, removes all.
 
     Raises:
         ImportError: TensorBoard is wanted and not installed.
@@ -43,9 +46,12 @@ class Log:
     def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False) -> None:
         self.path = folder / "log.csv"
         self.board: Any = None
-        if self.path.is_file():
-            rows = list(csv.reader(self.path.read_text().splitlines()))
-            self._write("w", rows[:1] + [row for row in rows[1:] if int(row[1]) <= step])
+        self.rows: list[list[Any]] = []
+        if step and self.path.is_file():
+            header, *rows = list(csv.reader(self.path.read_text(errors="replace").splitlines())) or [[]]
+            # of a file that was not written to its end too
+            whole = [row for row in rows if len(row) == len(header) and row[1].isdecimal() and int(row[1]) <= step]
+            self.rows = [header, *whole] if whole else []
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -54,22 +60,17 @@ class Log:
             self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, *, step: int, **row: object) -> None:
-        header = [] if self.path.is_file() else [["time", "step", *row]]
-        self._write("a", [*header, [time.strftime("%Y-%m-%dT%H:%M:%S"), step, *row.values()]])
+        if not self.rows:
+            self.rows.append(["time", "step", *row])
+        self.rows.append([time.strftime("%Y-%m-%dT%H:%M:%S"), step, *row.values()])
+        text = io.StringIO()
+        csv.writer(text).writerows(self.rows)
+        write_atomically(self.path, lambda p: p.write_text(text.getvalue(), newline=""))
         if self.board is not None:
             for name, value in row.items():
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(name, value, step)
             self.board.flush()
-
-    def _write(self, mode: str, rows: list[list[Any]]) -> None:
-        text = io.StringIO()
-        csv.writer(text).writerows(rows)
-        if mode == "a":
-            with self.path.open("a", newline="") as file:
-                file.write(text.getvalue())
-        else:
-            write_atomically(self.path, lambda p: p.write_text(text.getvalue(), newline=""))
 
 
 def write_config(config: TrainConfig, device: torch.device, processes: int, path: Path) -> None:
@@ -88,18 +89,24 @@ def write_config(config: TrainConfig, device: torch.device, processes: int, path
             "opencv": cv2.__version__,
         },
         # names stand for the weights of a version
-        "sha256": {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in _weights_files(config).items()},
+        "sha256": {key: _sha256(file) for key, file in _weights_files(config).items()},
     }
     write_json(path, content)
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _weights_files(config: TrainConfig) -> dict[str, Path]:
     files = {"init": resolve_weights(config.init, config.model)} if config.init else {}
+    return {**files, "teacher": _teacher_file(config)} if config.teacher else files
+
+
+def _teacher_file(config: TrainConfig) -> Path:
     if config.teacher in DEFAULT_WEIGHTS:
-        files["teacher"] = resolve_weights("default", config.teacher)
-    elif config.teacher:
-        files["teacher"] = Path(config.teacher)
-    return files
+        return resolve_weights("default", config.teacher)
+    return resolve_weights(config.teacher, config.model)
 
 
 def check_config(config: TrainConfig, path: Path, processes: int) -> None:
@@ -110,7 +117,15 @@ def check_config(config: TrainConfig, path: Path, processes: int) -> None:
     before, now = (
         json.loads(json.dumps(dataclasses.asdict(c))) for c in (from_dict(TrainConfig, content["config"], ""), config)
     )
-    changed = [k for k in now if k in before and k not in FREE and now[k] != before[k]]
+    free = {*FREE, *BEGINNING}
+    known = content.get("sha256", {}).get("teacher")
+    if now["teacher"] and before["teacher"] and known:  # wherever the file is now
+        if _sha256(_teacher_file(config)) != known:
+            raise ValueError(
+                f"{path.parent} cannot be resumed with another teacher: {now['teacher']} has other contents"
+            )
+        free.add("teacher")
+    changed = [k for k in now if k in before and k not in free and now[k] != before[k]]
     if changed:
         what = "; ".join(f"{k} was {before[k]!r} and is {now[k]!r}" for k in changed[:3])
         raise ValueError(f"{path.parent} cannot be resumed with other settings: {what}")
@@ -123,14 +138,33 @@ def check_config(config: TrainConfig, path: Path, processes: int) -> None:
         )
 
 
-def report_data(path: Path, **parts: PoseData) -> None:
-    """Write what was found in the data and say what is wrong with it."""
+def report_data(path: Path, told: Collection[str] = (), **parts: PoseData) -> None:
+    """Write what was found in the data and say what is wrong with it, but for the parts in `told`."""
     content = {}
     for name, data in parts.items():
         content[name] = {"images": len(data.image_files()), "people": len(data), "findings": data.report.to_dict()}
-        if data.report.wrong:
+        if data.report.wrong and name not in told:
             print(f"fastpose: in the {name} data:\n{data.report.to_text(wrong_only=True)}", file=sys.stderr)
     write_json(path, content)
+
+
+def fingerprint(data: PoseData) -> dict[str, Any]:
+    """What a run must find again when it goes on: counts, and a digest of file names, keypoints and boxes."""
+    digest = hashlib.sha256(json.dumps([data.skeleton.names, [path.name for path in data.images]]).encode())
+    for array in (data.keypoints, data.labelled, data.boxes):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return {"images": len(data.image_files()), "people": len(data), "sha256": digest.hexdigest()}
+
+
+def check_data(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError if the `fingerprint` of a part is another than it was."""
+    for part, was in before.items():
+        if was != now[part]:
+            counts = " and ".join(f"{x['images']} images with {x['people']} people" for x in (was, now[part]))
+            raise ValueError(
+                f"the {part} data are not those that the run began with ({counts}); --resume goes on with the same "
+                "data, another output folder with others"
+            )
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -147,5 +181,8 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def save_state(path: Path, **state: Any) -> None:
-    """Write what `torch.load(weights_only=True)` reads back, atomically."""
-    write_atomically(path, functools.partial(torch.save, state))
+    """Write what `torch.load(weights_only=True)` reads back, atomically; raises OSError if it cannot be written."""
+    try:
+        write_atomically(path, functools.partial(torch.save, state))
+    except RuntimeError as error:  # of a full disk torch says so
+        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error

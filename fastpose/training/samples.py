@@ -14,6 +14,7 @@ from fastpose.data.crops import CropDataset, CropStore
 from fastpose.data.scenes import Mosaics, SceneDataset, SceneStore, load_mosaics, write_mosaics
 from fastpose.distributed import rank, wait_for_all
 from fastpose.images import ImageError
+from fastpose.metrics import torso_lengths
 from fastpose.scoring import check_metric
 from fastpose.training.settings import Stage, TrainConfig
 
@@ -32,6 +33,11 @@ def load_split(config: TrainConfig, split: str) -> PoseData:
 def check_validation(data: PoseData) -> None:
     """Raise ValueError if the first validation could measure nothing: hours are lost by then."""
     check_metric(data)
+    if data.metric == "PCK@0.2" and not (torso_lengths(data.keypoints, data.labelled, data.skeleton) > 0).any():
+        raise ValueError(
+            f"PCK@0.2 is in units of the torso, from a shoulder to the other side's hip: none of the {len(data)} "
+            "people to validate on has both labelled"
+        )
     problem = "there are none"
     for i in range(len(data)):
         try:
@@ -48,8 +54,10 @@ def open_store(config: TrainConfig, data: PoseData, quiet: bool = True) -> Store
     if config.bottom_up and not config.mosaic:
         return SceneStore(data, max(min(s.size) for s in config.stages), memory, quiet)
     side = max(max(s.size) for s in config.stages)
-    # the cells of mosaics are smaller than the input
-    return CropStore(data, config.padding, side if config.mosaic else round(side * config.augment.zoom), memory, quiet)
+    if config.mosaic:  # whose cells are smaller than the input
+        return CropStore(data, config.padding, side, memory, quiet)
+    reach = max(config.augment.reach(s.size) for s in config.stages)
+    return CropStore(data, config.padding, round(side * config.augment.zoom), memory, quiet, reach)
 
 
 def make_dataset(config: TrainConfig, store: Store, stage: Stage, seed: int) -> Dataset[Any]:

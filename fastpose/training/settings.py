@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,6 +152,11 @@ class TrainConfig:
                 raise ValueError(f"stages need a positive size, number of epochs and batch_size, got {stage}")
             if stage.mosaic < 0 or (stage.mosaic and not self.mosaic):
                 raise ValueError(f"a stage's mosaic must be a number of people, in runs with mosaics only, got {stage}")
+        if not 0 < self.validate_every < math.inf:
+            raise ValueError(f"validate_every must be positive and finite, got {self.validate_every}")
+        for name in ("threads", "seed", "workers", "limit", "memory"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("lr", "muon_lr", "warmup", "clip", "weight_decay", "gamma", "momentum"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -24,7 +24,7 @@ from fastpose.models._registry import create_from, read_weights
 from fastpose.ops import use_fused
 from fastpose.plan import NotOptimizable, optimize
 from fastpose.preprocess import MEAN, STD
-from fastpose.skeletons import Skeleton
+from fastpose.skeletons import Skeleton, describe_difference
 from fastpose.training.settings import TrainConfig
 
 PEOPLE = 32  # of scenes through the teacher at a time
@@ -43,12 +43,15 @@ class Teacher:
         path, info = checkpoint.path, checkpoint.info()
         if info is None:
             raise ValueError(f"teacher {path}: expected a weights file of fastpose, which tells size and decoder")
-        if info.get_skeleton() != skeleton:
-            raise ValueError(f"teacher {path} knows the keypoints {info.skeleton}, the data have {skeleton.name}")
+        if info.get_skeleton().names != skeleton.names:
+            own = info.get_skeleton()
+            raise ValueError(f"teacher {path} knows {own.name!r}, the data have {describe_difference(own, skeleton)}")
         assert config.codec is not None
         expected = config.codec.type if isinstance(config.codec, HeatmapCodec) else "softmax"
         if info.codec.type != expected or not isinstance(info.codec, HeatmapCodec):
             raise ValueError(f"teacher {path} makes heatmaps of codec {info.codec.type!r}, expected {expected!r}")
+        if isinstance(config.codec, HeatmapCodec):
+            _check_sizes(config, info.input_size, path)
         self.codec: Codec = config.codec
         self.own_codec, self.weight = info.codec, config.teacher_weight
         self.size, self.padding = info.input_size, info.padding
@@ -129,6 +132,22 @@ class Teacher:
 
     def _heatmaps(self, crops: Tensor) -> Tensor:
         return self.own_codec.heatmaps(self.model(crops.contiguous(memory_format=torch.channels_last)))
+
+
+def _check_sizes(config: TrainConfig, size: tuple[int, int], path: object) -> None:
+    """Raise ValueError if heatmaps of the teacher's `size` would be elsewhere than those of a stage."""
+    assert config.codec is not None
+    for stage in config.stages:
+        if stage.size[0] * size[1] != stage.size[1] * size[0]:
+            raise ValueError(
+                f"teacher {path} sees crops of {size}: stages must have the same ratio of the sides, got {stage.size}"
+            )
+        # a cell of the other codecs is a place, which another size moves by a part of a cell
+        if config.codec.type != "softmax" and stage.size != size:
+            raise ValueError(
+                f"teacher {path} sees crops of {size}: with codec {config.codec.type!r} stages must have that size, "
+                f"got {stage.size}"
+            )
 
 
 def _window(maps: Tensor, zoom: Tensor, offset: Tensor, size: tuple[int, int]) -> Tensor:

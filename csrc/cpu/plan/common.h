@@ -58,10 +58,7 @@ FASTPOSE_INLINE void apply_all(V (&x)[kN], PlanAct act) {
 typedef float Half __attribute__((vector_size(32)));
 typedef float HalfUnaligned __attribute__((vector_size(32), aligned(4), may_alias));
 FASTPOSE_INLINE Half load_half(const float* p) { return *reinterpret_cast<const HalfUnaligned*>(p); }
-FASTPOSE_INLINE V widen(Half h) {
-  const Half zero{};
-  return __builtin_shufflevector(h, zero, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
+FASTPOSE_INLINE V widen(Half h) { return reinterpret_cast<V>(_mm512_zextps256_ps512(reinterpret_cast<__m256>(h))); }
 #else
 typedef V Half;  // never used: smaller vectors leave little unused
 FASTPOSE_INLINE Half load_half(const float* p) { return load(p); }
