@@ -295,8 +295,10 @@ class Run:
 
         model, low, images = network_and_images(name, batch, dtype, self.device)
         if not folded:
-            ours = set_fused(copy.deepcopy(model), True)
-            folded += [Graphed(ours, layout=layout) for layout in (torch.channels_last, torch.contiguous_format)]
+            folded.append(Graphed(set_fused(copy.deepcopy(model), True)))
+            folded.append(copy.deepcopy(folded[0]))
+            folded[1].layout = torch.contiguous_format
+            folded[1].network.to(memory_format=torch.contiguous_format)
         fast, planar = (copy.deepcopy(f).to(getattr(torch, dtype)) for f in folded)
         low_images = [low_input(x, dtype) for x in images]
         exact = in_double(model, images[0])

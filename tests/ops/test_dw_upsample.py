@@ -117,7 +117,9 @@ def test_nan_and_infinity_travel(activation, device):
     x[0, 3, 4, 5], x[0, 7, 0, 0] = float("nan"), float("inf")
     got = dw_upsample(x, weight, bias, activation)
     assert got[0, 3, 7:11, 9:13].isnan().all() and int(got[0, 3].isnan().sum()) == 16
-    assert_near(got, dw_upsample_reference(x, weight, bias, activation), TOL[torch.float32])
+    # on the CPU: other libraries may multiply infinity by the zeros of padding
+    expected = dw_upsample_reference(x.cpu(), weight.cpu(), bias.cpu(), activation)
+    assert_near(got.cpu(), expected, TOL[torch.float32])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -104,7 +104,9 @@ def test_repetitions_are_equal_to_the_bit(layout, device):
 def test_nan_and_infinity_travel(activation, device):
     x, weight, bias = sample((1, 20, 9, 11), 3, 1, torch.float32, "channels_last", device=device)
     x[0, 3, 4, 5], x[0, 7, 0, 0], x[0, 9, 8, 10] = float("nan"), float("inf"), float("-inf")
-    got, expected = ghost_cheap(x, weight, bias, activation), ghost_cheap_reference(x, weight, bias, activation)
+    got = ghost_cheap(x, weight, bias, activation).cpu()
+    # on the CPU: other libraries may multiply infinity by the zeros of padding
+    expected = ghost_cheap_reference(x.cpu(), weight.cpu(), bias.cpu(), activation)
     assert got[0, 23, 3:6, 4:7].isnan().all() and not got[0, 24].isnan().any()
     assert_near(got, expected, TOL[torch.float32])
 
