@@ -295,10 +295,11 @@ class Run:
 
         model, low, images = network_and_images(name, batch, dtype, self.device)
         if not folded:
-            folded.append(Graphed(set_fused(copy.deepcopy(model), True)))
-            folded.append(copy.deepcopy(folded[0]))
-            folded[1].layout = torch.contiguous_format
-            folded[1].network.to(memory_format=torch.contiguous_format)
+            one = Graphed(set_fused(copy.deepcopy(model), True))
+            other = copy.deepcopy(one)
+            other.layout = torch.contiguous_format
+            other.network.to(memory_format=torch.contiguous_format)
+            folded += [one, other]
         fast, planar = (copy.deepcopy(f).to(getattr(torch, dtype)) for f in folded)
         low_images = [low_input(x, dtype) for x in images]
         exact = in_double(model, images[0])

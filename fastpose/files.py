@@ -34,11 +34,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def check_writable(path: str | Path) -> None:
     """Make the folder of a file to be written later; raises OSError if that fails or nothing can be written there."""
-    path = Path(path)
+    path = Path(path).resolve()
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    device = path.exists() and not path.is_file()  # a pipe or the like; files are replaced, in their folder
+    if not os.access(path if device else path.parent, os.W_OK if device else os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: permission denied")
 
 

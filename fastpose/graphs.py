@@ -117,7 +117,7 @@ EXPORTING = threading.RLock()
 _Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
 
 
-CAPTURING = threading.Lock()
+CAPTURING = threading.RLock()
 FAILED: list[torch.cuda.CUDAGraph] = []  # torch 2.11 keeps a pointer to a graph whose capture failed
 
 

@@ -249,10 +249,17 @@ def _mirrored(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     """Pairs of names that differ in the word left or right, or in the letter l or r as a word: ``left_eye``, ``eye.R``,
     ``LeftEye``, ``eyeL``, ``l1``; left and right may also begin or end a word, ``lefteye``.
     """
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     for i, name in enumerate(names):
-        mirrored = "".join(_right(word) for word in WORDS.findall(name))
-        if mirrored != name and mirrored in names:
+        words = WORDS.findall(name)
+        # letters only where no name has the other word: L4 and R4 may be something else
+        for side in (_right_word, _right_letter):
+            mirrored = "".join(side(word) for word in words)
+            if mirrored != name and mirrored in names:
+                break
+        else:
+            continue
+        if mirrored not in (names[j] for pair in pairs for j in pair):
             pairs.append((i, names.index(mirrored)))
     return tuple(pairs)
 
@@ -261,12 +268,15 @@ def _mirrored(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^A-Za-z]+")
 
 
-def _right(word: str) -> str:
-    """The word with left, or l alone, replaced by right or r, of the same case."""
-    for left, right in (("left", "right"), ("l", "r")):
-        if word.lower() == left:
-            return right.upper() if word.isupper() else right.capitalize() if word[0].isupper() else right
+def _right_word(word: str) -> str:
+    """The word with left replaced by right, of the same case."""
+    if word.lower() == "left":
+        return "RIGHT" if word.isupper() else "Right" if word[0].isupper() else "right"
     return re.sub("^left|left$", "right", re.sub("^Left", "Right", word))
+
+
+def _right_letter(word: str) -> str:
+    return {"l": "r", "L": "R"}.get(word, word)
 
 
 def describe_difference(a: Skeleton, b: Skeleton) -> str:
@@ -282,11 +292,10 @@ def describe_difference(a: Skeleton, b: Skeleton) -> str:
 def unpaired_sides(skeleton: Skeleton) -> list[str]:
     """Names with the word left or right that are in none of the pairs."""
     paired = {i for pair in skeleton.flip_pairs for i in pair}
-    sides = ("left", "right")
     return [
         name
         for i, name in enumerate(skeleton.names)
-        if i not in paired and any(word.lower().startswith(sides) for word in WORDS.findall(name))
+        if i not in paired and {"left", "right"} & {word.lower() for word in WORDS.findall(name)}
     ]
 
 

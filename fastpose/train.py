@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastpose.checkpoints import WeightsInfo, load_pretrained, resolve_weights, save_weights
-from fastpose.codecs import HeatmapCodec
 from fastpose.data import PoseData
 from fastpose.data.crops import ResumableBatches
 from fastpose.data.scenes import collate_scenes
@@ -224,9 +223,9 @@ def _check_output(config: TrainConfig, output: Path, resume: bool) -> bool:
     Returns whether there is something to go on from: a run killed before it saved anything begins again.
     """
     last = output / "last.pt"
-    began, saved = (output / "config.json").is_file(), last.is_file()
-    if resume and not saved and not began:
-        raise FileNotFoundError(f"nothing to resume: {last} does not exist")
+    began, saved = output.is_dir(), last.is_file()
+    if resume and not began:
+        raise FileNotFoundError(f"nothing to resume: {output} does not exist")
     if not resume and saved:
         raise FileExistsError(f"{output} already holds a run; give --resume to go on, or another output folder")
     if resume:
@@ -267,16 +266,6 @@ def _check_stages(config: TrainConfig, model: nn.Module) -> None:
         if stage.batch_size % world_size():
             raise ValueError(
                 f"stages: batch_size must be a multiple of the number of processes, {world_size()}, got {stage}"
-            )
-    if isinstance(config.codec, HeatmapCodec):
-        size = config.stages[0].size
-        with torch.device("meta"), torch.no_grad():  # shapes without numbers
-            network = create_model(config.model, **config.options).eval()
-            maps = tuple(network(torch.empty(1, 3, *size)).shape[2:])
-        if maps != tuple(-(-side // config.codec.stride) for side in size):
-            raise ValueError(
-                f"codec.stride must be that of {config.model}, which makes maps of {maps} of images of {size}, "
-                f"got {config.codec.stride}"
             )
 
 

@@ -389,8 +389,10 @@ def test_names_of_both_sides_are_paired(left, right):
         pairs = {frozenset(names[i] for i in pair) for pair in skeleton.flip_pairs}
         assert pairs == {frozenset((left, right))} and not unpaired_sides(skeleton)
     assert skeleton_from_dict({"names": [left, "tail", "TL", "TR"]}).flip_pairs == ()
-    lonely = skeleton_from_dict({"names": ["left_ear", "RightFoot", "bright", "lip"]})
+    lonely = skeleton_from_dict({"names": ["left_ear", "RightFoot", "bright", "lip", "rightmost"]})
     assert lonely.flip_pairs == () and unpaired_sides(lonely) == ["left_ear", "RightFoot"]
+    # a letter beside the word is something else
+    assert skeleton_from_dict({"names": ["left_L4", "right_L4", "left_l1", "right_l1"]}).flip_pairs == ((0, 1), (2, 3))
 
 
 def test_skeleton_files(tmp_path):

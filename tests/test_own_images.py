@@ -13,8 +13,9 @@ import pytest
 import fastpose
 from fastpose.checkpoints import read_info
 from fastpose.cli import main
-from fastpose.data import load_dataset
+from fastpose.data import load_dataset, to_results
 from fastpose.data.crops import CropDataset, CropStore
+from fastpose.scoring import score_results
 from tests import datasets
 
 NAMES = ("snout", "left_ear", "right_ear", "tail")
@@ -163,8 +164,8 @@ def test_keypoints_without_a_right_and_left_are_pointed_out(tmp_path, capsys):
     folder = datasets.write_coco(tmp_path / "d", datasets.coco_content(names, 10, 1), "annotations.json", "images")
     assert main(run_of(folder, tmp_path)) == 0
     assert "no keypoints are a pair of left and right: each keeps its name" in capsys.readouterr().err
-    assert main(["validate-data", str(folder), "--dataset", "custom", "--split", "all", "--quiet"]) == 2
-    assert "keypoint of one side without that of the other" in capsys.readouterr().out
+    assert main(["validate-data", str(folder), "--dataset", "custom", "--split", "all", "--quiet"]) == 0
+    assert "note: keypoint of one side without that of the other: 1 (left_corner)" in capsys.readouterr().out
 
 
 def test_data_that_changed_are_not_gone_on_with(mice, tmp_path, capsys):
@@ -235,6 +236,27 @@ def test_names_in_another_order_are_refused(mice, capsys):
     (mice / "skeleton.toml").write_text('names = ["a", "b", "c", "d"]')
     assert main(["validate-data", str(mice), "--dataset", "custom", "--split", "all"]) == 2
     assert "category with other keypoints than the skeleton's: 1 (person)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("categories", [None, [], [{"id": 7, "name": "mouse"}]])
+def test_categories_that_tell_nothing_of_keypoints(mice, tmp_path, categories):
+    content = json.loads((mice / "annotations.json").read_text())
+    content |= {"categories": categories}
+    if categories is None:
+        del content["categories"]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 7
+    (mice / "annotations.json").write_text(json.dumps(content))
+    data = load_dataset("custom", mice, "all")
+    entries = to_results(
+        data.annotated, data.image_index, data.keypoints, np.ones(data.labelled.shape), np.ones(9), data.categories
+    )
+    assert {e["category_id"] for e in entries} == {7}
+    assert score_results(data.annotated, entries, data.skeleton).value == pytest.approx(100)
+    (tmp_path / "boxes.json").write_text(
+        json.dumps([{"image_id": 10, "category_id": 7, "bbox": [1, 2, 30, 40], "score": 1}])
+    )
+    assert len(load_dataset("custom", mice, "all", detections=tmp_path / "boxes.json")) == 1
 
 
 def test_two_kinds_of_animals_with_the_same_keypoints(tmp_path):

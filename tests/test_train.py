@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from torch import nn
 
 import fastpose
 from fastpose import create_model
-from fastpose.checkpoints import read_info
+from fastpose.checkpoints import read_info, resolve_weights
 from fastpose.codecs import DarkHeatmapCodec, MSRAHeatmapCodec, SoftmaxHeatmapCodec, UDPHeatmapCodec
 from fastpose.config import read_config
 from fastpose.data import load_dataset, load_lspet
@@ -41,6 +42,7 @@ from fastpose.metrics import pck, torso_lengths
 from fastpose.skeletons import COCO17, LSP14
 from fastpose.train import Average, Optimizer, Schedule, Stage, TrainConfig, _create_model, train
 from fastpose.training.muon import Muon
+from fastpose.training.records import Log, write_config
 from fastpose.training.samples import check_validation, make_dataset, open_store
 from fastpose.training.teacher import Teacher
 from tests import datasets
@@ -555,7 +557,7 @@ def test_images_to_validate_on_are_looked_at_before_training(tmp_path):
 
 
 def test_nothing_to_resume(lspet, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+    with pytest.raises(FileNotFoundError, match="nothing to resume: .*run does not exist"):
         train(config(lspet, tmp_path / "run"), resume=True)
 
 
@@ -598,6 +600,9 @@ def test_a_line_that_was_not_written_to_its_end(lspet, tmp_path, monkeypatch):
         train(config(lspet, tmp_path / "part"), quiet=True)
     log = tmp_path / "part" / "log.csv"
     log.write_text(log.read_text() + "2026-11")
+    for content in ("", "\n\n2026,1\n", "time\n2026\n", "\0\0\0"):
+        (tmp_path / "log.csv").write_text(content)
+        assert Log(tmp_path, step=8).rows == []
     train(config(lspet, tmp_path / "part"), resume=True, quiet=True)
     same_run(tmp_path / "whole", tmp_path / "part")
 
@@ -631,6 +636,15 @@ def test_weights_to_begin_with_are_not_needed_to_go_on(lspet, tmp_path):
         train(short(lspet, tmp_path / "run", teacher=str(moved)), resume=True, quiet=True)
 
 
+def test_the_default_teacher_is_recorded(tmp_path):
+    c = TrainConfig(data="d", output="o", model="lite_hrnet_18", teacher="default")
+    write_config(c, torch.device("cpu"), 1, tmp_path / "config.json")
+    file = resolve_weights("default", "mobileposenet")
+    assert json.loads((tmp_path / "config.json").read_text())["sha256"] == {
+        "teacher": hashlib.sha256(file.read_bytes()).hexdigest()
+    }
+
+
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(state, path):
         Path(path).write_bytes(b"some")
@@ -640,6 +654,9 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"last\.pt could not be written: \[enforce fail"):
         fastpose.train.save_state(tmp_path / "last.pt", step=1)
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA error: out of memory")))
+    with pytest.raises(RuntimeError, match="^CUDA error"):  # which is not the disk's
+        fastpose.train.save_state(tmp_path / "last.pt", step=1)
 
 
 def test_weights_that_nobody_can_measure_are_the_latest(lspet, tmp_path, monkeypatch):
@@ -718,13 +735,15 @@ def test_config_errors(tmp_path):
         ("stages=[{size=[64,48],epochs=2]", "override 'stages=.*' is not valid TOML: "),
         ("validate_every=0", "validate_every must be positive and finite, got 0.0"),
         ("validate_every=inf", "validate_every must be positive and finite, got inf"),
+        ("codec.stride=8", "codec.stride must be 4: mobileposenet's heatmaps are a quarter of the image, got 8"),
+        ("threads=08", "setting 'threads' must be int, got '08'"),
         ("seed=-1", "seed must not be negative, got -1"),
         ("threads=-1", "threads must not be negative, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             read_config(TrainConfig, None, [*base, override])
-    c = read_config(TrainConfig, None, [*base, "output=2024-01-01", "lr=.001", "data=007", "teacher='a'"])
-    assert (c.output, c.lr, c.data, c.teacher) == ("2024-01-01", 0.001, "007", "a")
+    c = read_config(TrainConfig, None, [*base, "output=2024-01-01", "lr=.001", "data=007", "teacher='a'", "init=[b].x"])
+    assert (c.output, c.lr, c.data, c.teacher, c.init) == ("2024-01-01", 0.001, "007", "a", "[b].x")
     (tmp_path / "bad.toml").write_text("a = [")
     with pytest.raises(ValueError, match="is not valid TOML"):
         read_config(TrainConfig, tmp_path / "bad.toml", base)
@@ -734,8 +753,6 @@ def test_all_stages_are_checked_before_the_first(lspet, tmp_path, monkeypatch):
     stages = (Stage((64, 64), 1, 2), Stage((50, 64), 1, 2))
     with pytest.raises(ValueError, match=r"stages: mobileposenet takes sides that are multiples of \d+, got \(50, 64"):
         train(config(lspet, tmp_path / "run", stages=stages), quiet=True)
-    with pytest.raises(ValueError, match=r"codec.stride must be that of mobileposenet, which makes maps of \(8, 8\)"):
-        train(config(lspet, tmp_path / "run", codec=MSRAHeatmapCodec(stride=8)), quiet=True)
     monkeypatch.setattr("fastpose.train.world_size", lambda: 2)
     stages = (Stage((64, 64), 1, 2), Stage((64, 64), 1, 3))
     with pytest.raises(ValueError, match="batch_size must be a multiple of the number of processes, 2, got .*=3"):

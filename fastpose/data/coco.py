@@ -138,7 +138,7 @@ def load_coco_format(
             raise ValueError(f"{where}: {error}") from None
     report = Report()
     for keypoint in unpaired_sides(skeleton):
-        report.add("keypoint of one side without that of the other (flip_pairs in a skeleton file tells)", keypoint)
+        report.add("keypoint of one side without that of the other", keypoint, wrong=False)
     images = _images(content["images"], report)
     if not images:
         raise ValueError(f"{where}: has no usable image entry; {report.to_text() or 'the list is empty'}")
@@ -152,6 +152,7 @@ def load_coco_format(
     categories = _categories(content, skeleton, report)
     people = _people(content["annotations"], images, skeleton, categories, area_from_box, report)
     order = {image: i for i, image in enumerate(kept)}
+    categories = categories or {p.category for p in people}  # which tell nothing of keypoints
     people = [p for p in people if p.image in order]
     people.sort(key=lambda p: order[p.image])
     paths = tuple(files[i] or image_folders[0] / images[i]["file_name"] for i in kept)

@@ -48,8 +48,10 @@ class Log:
         self.board: Any = None
         self.rows: list[list[Any]] = []
         if step and self.path.is_file():
-            header, *rows = list(csv.reader(self.path.read_text(errors="replace").splitlines())) or [[]]
-            # of a file that was not written to its end too
+            text = self.path.read_text(errors="replace").replace("\0", "")  # which a power cut may leave
+            header, *rows = list(csv.reader(text.splitlines())) or [[]]
+            if header[:2] != ["time", "step"]:
+                rows = []
             whole = [row for row in rows if len(row) == len(header) and row[1].isdecimal() and int(row[1]) <= step]
             self.rows = [header, *whole] if whole else []
         if tensorboard:
@@ -106,7 +108,7 @@ def _weights_files(config: TrainConfig) -> dict[str, Path]:
 def _teacher_file(config: TrainConfig) -> Path:
     if config.teacher in DEFAULT_WEIGHTS:
         return resolve_weights("default", config.teacher)
-    return resolve_weights(config.teacher, config.model)
+    return resolve_weights(config.teacher, "auto")
 
 
 def check_config(config: TrainConfig, path: Path, processes: int) -> None:
@@ -184,5 +186,8 @@ def save_state(path: Path, **state: Any) -> None:
     """Write what `torch.load(weights_only=True)` reads back, atomically; raises OSError if it cannot be written."""
     try:
         write_atomically(path, functools.partial(torch.save, state))
-    except RuntimeError as error:  # of a full disk torch says so
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter")):
+            raise
+        # of a full disk torch says so
         raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastpose.codecs import AssociativeEmbeddingCodec, Codec, SoftmaxHeatmapCodec
+from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec, SoftmaxHeatmapCodec
 from fastpose.data import DATASETS, METRICS, usual_metric
 from fastpose.data.crops import Augmentation
 from fastpose.models import is_bottom_up, model_entry
@@ -139,6 +139,10 @@ class TrainConfig:
             raise ValueError("a bottom-up network can be validated by AP or PCK@0.2, not by PCKh@0.5")
         assert self.codec is not None
         check_codec(self.model, self.codec)
+        if isinstance(self.codec, HeatmapCodec) and self.codec.stride != 4:
+            raise ValueError(
+                f"codec.stride must be 4: {self.model}'s heatmaps are a quarter of the image, got {self.codec.stride}"
+            )
         if self.teacher and isinstance(self.codec, AssociativeEmbeddingCodec) and not self.codec.position:
             raise ValueError(
                 "a teacher tells a bottom-up network where keypoints are: codec.position must be above 0, got 0"
