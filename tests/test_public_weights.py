@@ -100,7 +100,8 @@ def test_what_is_customary_and_what_can_be_corrected(hrnet, checkpoints, photo, 
         with pytest.raises(ValueError, match=message):
             PoseEstimator("hrnet_w32", path, **settings)
     with pytest.raises(ValueError, match="do not fit this MobilePoseNet.* it is a 'hrnet_w32' with num_keypoints=17"):
-        PoseEstimator(weights=path)
+        PoseEstimator("mobileposenet", path)
+    assert PoseEstimator(weights=path).model_name == "hrnet_w32"
 
 
 @pytest.mark.parametrize(
