@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from fastpose.codecs import AssociativeEmbeddingCodec, Codec, MSRAHeatmapCodec
 from fastpose.config import from_dict
 from fastpose.files import write_atomically
-from fastpose.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_dict, skeleton_to_dict
+from fastpose.skeletons import SKELETONS, Skeleton, definition_of, get_skeleton, skeleton_from_dict
 
 SCALE = ":scale"  # end of the names of numbers that int8 weights are multiplied by
 
-# model name -> file in fastpose/weights
 USUAL_PADDING = 1.25  # of crops, for weights of others
 DEFAULT_MODEL = "mobileposenet"
+# model name -> file in fastpose/weights
 DEFAULT_WEIGHTS = {
     "mobileposenet": "mobileposenet_lspet.safetensors",
     "hr_litenet": "hr_litenet_lspet.safetensors",
@@ -146,6 +146,14 @@ def is_fastpose(path: str | Path) -> bool:
 USUAL_SKELETONS = {17: "coco17", 16: "mpii16"}
 
 
+def check_number(skeleton: Skeleton, num_keypoints: int) -> None:
+    """Raise ValueError if weights for so many keypoints cannot be for those of `skeleton`."""
+    if skeleton.num_keypoints != num_keypoints:
+        raise ValueError(
+            f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the weights have {num_keypoints}"
+        )
+
+
 def codec_of(checkpoint: Checkpoint, name: str) -> Codec:
     """That of a fastpose file, the customary one for weights of others for the network called `name`."""
     from fastpose.models._registry import is_bottom_up
@@ -189,8 +197,7 @@ def describe_weights(checkpoint: Checkpoint, name: str = "auto", skeleton: str |
             )
         skeleton = USUAL_SKELETONS[k]
     keypoints = get_skeleton(skeleton) if isinstance(skeleton, str) else skeleton
-    if keypoints.num_keypoints != k:
-        raise ValueError(f"skeleton {keypoints.name!r} has {keypoints.num_keypoints} keypoints, the weights have {k}")
+    check_number(keypoints, k)
     return WeightsInfo(
         model=name,
         num_keypoints=k,
@@ -200,7 +207,7 @@ def describe_weights(checkpoint: Checkpoint, name: str = "auto", skeleton: str |
         codec=codec_of(checkpoint, name),
         options=options,
         antialias=False,
-        skeleton_definition={} if SKELETONS.get(keypoints.name) == keypoints else skeleton_to_dict(keypoints),
+        skeleton_definition=definition_of(keypoints),
     )
 
 

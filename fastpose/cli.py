@@ -238,7 +238,7 @@ def _load_data(options: argparse.Namespace, **more: Any) -> Any:
 def _predict(options: argparse.Namespace) -> int:
     from fastpose.boxes import boxes_for, read_boxes
     from fastpose.data.datasets import find_skeleton
-    from fastpose.files import write_json
+    from fastpose.files import check_writable, write_json
     from fastpose.images import find_images
     from fastpose.pipeline import PoseEstimator
     from fastpose.predict import Drawings, File, estimate_files
@@ -298,13 +298,14 @@ def _predict(options: argparse.Namespace) -> int:
 
     inputs = len(files) + len(errors)
     output = Path(options.output)
+    json_path = Path(options.json) if options.json else output / "poses.json"
     output.mkdir(parents=True, exist_ok=True)  # now: hours of work may lie before the first file
+    check_writable(json_path)
     result = _coco_frame(options, estimator.skeleton, errors)
     expected = sum(max(file.count, 1) if isinstance(file, Video) else 1 for file in files)
     tell = not options.quiet and len(files) < 20
     of_video = 0  # poses so far
 
-    json_path = Path(options.json) if options.json else output / "poses.json"
     try:
         with (
             tqdm(total=expected, unit="image", disable=options.quiet or expected < 20) as progress,

@@ -54,10 +54,12 @@ def _value(text: str, hint: Any, override: str) -> Any:
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError as error:
-        if hint is not str and text.lstrip()[:1] in ("[", "{"):
+        if hint is str:
+            return text
+        if text.lstrip()[:1] in ("[", "{"):
             raise ValueError(f"override {override!r} is not valid TOML: {error}") from None
         try:
-            return float(text) if hint is not str and not text.strip().isdecimal() else text
+            return text if text.strip().isdecimal() else float(text)  # decimals are 08 and the like: no fraction
         except ValueError:
             return text
     return text if hint is str and not isinstance(value, str) else value

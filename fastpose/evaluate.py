@@ -134,8 +134,8 @@ def evaluate(
 
     Images that cannot be read, and boxes outside their image, are reported and left out; images without boxes are not
     opened, the people on them are missed. Keypoints of which the data say nothing but their names have the sigmas that
-    the network was trained with. The arguments from `nms` on
-    are those of `fastpose.scoring.score_poses` and matter for AP of top-down networks only (`evaluator`: of all).
+    the network was trained with. The arguments from `nms` on are those of `fastpose.scoring.score_poses` and matter for
+    AP of top-down networks only (`evaluator`: of all).
 
     Args:
         share: share the images among the processes of `torch.distributed`. Every process must make the same call; each
@@ -148,9 +148,8 @@ def evaluate(
         difference = describe_difference(estimator.skeleton, data.skeleton)
         raise ValueError(f"the weights know {estimator.skeleton.name!r}, the data set has {difference}")
     check_metric(data)
-    data = dataclasses.replace(data, report=copy.deepcopy(data.report))  # the caller's stays as it is
-    if data.skeleton.undefined:
-        data = dataclasses.replace(data, skeleton=estimator.skeleton)
+    skeleton = estimator.skeleton if data.skeleton.undefined else data.skeleton
+    data = dataclasses.replace(data, skeleton=skeleton, report=copy.deepcopy(data.report))  # the caller's stays
     codec = estimator.info.codec
     if isinstance(codec, AssociativeEmbeddingCodec):
         return _evaluate_whole_images(estimator, data, evaluator, quiet, share)

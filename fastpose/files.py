@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 
+def _destination(path: str | Path) -> tuple[Path, bool]:
+    """What is written for `path`, and whether it is a pipe or a device, which cannot be replaced."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return path, True
+    return path.resolve() if path.is_symlink() else path, False
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file to write, moved to `path` if no exception ends the context. Missing parent folders are created.
@@ -17,10 +25,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     It lies beside `path` and keeps its suffix, which some writers choose their format by. A symbolic link stays one:
     the file that it names is replaced. What is no file, a pipe or a device, is written to as it is.
     """
-    path = Path(path)
-    if path.is_symlink():
-        path = path.resolve()
-    if path.exists() and not path.is_file() and not path.is_dir():
+    path, as_it_is = _destination(path)
+    if as_it_is:
         yield path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +40,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def check_writable(path: str | Path) -> None:
     """Make the folder of a file to be written later; raises OSError if that fails or nothing can be written there."""
-    path = Path(path).resolve()
+    path, as_it_is = _destination(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    device = path.exists() and not path.is_file()  # a pipe or the like; files are replaced, in their folder
-    if not os.access(path if device else path.parent, os.W_OK if device else os.W_OK | os.X_OK):
+    if not (os.access(path, os.W_OK) if as_it_is else os.access(path.parent, os.W_OK | os.X_OK)):
         raise PermissionError(f"{path} cannot be written: permission denied")
 
 

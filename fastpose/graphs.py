@@ -113,12 +113,10 @@ def _folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
 
 # torch.export keeps what it is at in global variables: one at a time, whichever thread asks
 EXPORTING = threading.RLock()
+CAPTURING = threading.RLock()  # see `capture`
+FAILED: list[torch.cuda.CUDAGraph] = []  # torch 2.11 keeps a pointer to a graph whose capture failed
 
 _Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
-
-
-CAPTURING = threading.RLock()
-FAILED: list[torch.cuda.CUDAGraph] = []  # torch 2.11 keeps a pointer to a graph whose capture failed
 
 
 class Graphed(nn.Module):

@@ -44,8 +44,8 @@ def collect() -> dict[str, Any]:
     report["fused kernels"] = "loaded" if _backend.LOADED else f"not used: {_backend.WHY_NOT}"
     report["operator library"] = str(_backend.LIBRARY) if _backend.LOADED else "none"
     ops = [op for op in _backend.OPS if not op.endswith("_backward")]
+    without = {op: "reference" for op in ops} | {"run_plan": "not there"}  # a program of kernels has no reference
     for device in ("cpu", "cuda"):
-        without = {op: "reference" for op in ops} | {"run_plan": "not there"}  # a program of kernels has no reference
         report[f"ops on {device}"] = {op: "fused" if _backend.has_kernel(op, device) else without[op] for op in ops}
     report["whole networks"] = f"{'optimised' if _backend.LOADED else 'PyTorch'}; of one: fastpose info --model NAME"
     return report

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpose.checkpoints import WeightsInfo, describe_weights
+from fastpose.checkpoints import WeightsInfo, check_number, describe_weights
 from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec, get_codec
 from fastpose.data.base import boxes_of_keypoints
 from fastpose.detect import Detector, make_detector, whole_image
@@ -580,10 +580,7 @@ def _local_device(name: str | torch.device) -> torch.device:
 
 def _check_settings(info: WeightsInfo, skeleton: Skeleton, network: nn.Module) -> None:
     """Raise ValueError for what a user may have chosen and the network cannot do."""
-    if skeleton.num_keypoints != info.num_keypoints:
-        raise ValueError(
-            f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the weights have {info.num_keypoints}"
-        )
+    check_number(skeleton, info.num_keypoints)
     check_codec(info.model, info.codec)
     if not info.padding > 0:
         raise ValueError(f"padding must be positive, got {info.padding}")

@@ -245,23 +245,23 @@ def skeleton_to_dict(skeleton: Skeleton) -> dict[str, Any]:
     return dataclasses.asdict(skeleton)
 
 
+def definition_of(skeleton: Skeleton) -> dict[str, Any]:
+    """What must be kept beside a skeleton's name: nothing of one that is built in, else as `skeleton_to_dict`."""
+    return {} if SKELETONS.get(skeleton.name) == skeleton else skeleton_to_dict(skeleton)
+
+
 def _mirrored(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     """Pairs of names that differ in the word left or right, or in the letter l or r as a word: ``left_eye``, ``eye.R``,
     ``LeftEye``, ``eyeL``, ``l1``; left and right may also begin or end a word, ``lefteye``.
     """
-    pairs: list[tuple[int, int]] = []
-    for i, name in enumerate(names):
-        words = WORDS.findall(name)
-        # letters only where no name has the other word: L4 and R4 may be something else
-        for side in (_right_word, _right_letter):
-            mirrored = "".join(side(word) for word in words)
-            if mirrored != name and mirrored in names:
-                break
-        else:
-            continue
-        if mirrored not in (names[j] for pair in pairs for j in pair):
-            pairs.append((i, names.index(mirrored)))
-    return tuple(pairs)
+    pairs: dict[int, int] = {}
+    for side in (_right_word, _right_letter):  # letters only of what the words leave: L4 and R4 may be something else
+        for i, name in enumerate(names):
+            mirrored = "".join(side(word) for word in WORDS.findall(name))
+            j = names.index(mirrored) if mirrored in names else i
+            if i != j and not {i, j} & {*pairs, *pairs.values()}:
+                pairs[i] = j
+    return tuple(sorted(pairs.items()))
 
 
 # of a name, with what is between them: capitals begin one

@@ -44,7 +44,7 @@ from fastpose.layers import channels_last
 from fastpose.models import create_model
 from fastpose.pipeline import PoseEstimator
 from fastpose.preprocess import normalize
-from fastpose.skeletons import SKELETONS, Skeleton, skeleton_to_dict
+from fastpose.skeletons import Skeleton, definition_of
 from fastpose.training.optim import Average, Optimizer, Schedule
 from fastpose.training.records import (
     Log,
@@ -223,8 +223,8 @@ def _check_output(config: TrainConfig, output: Path, resume: bool) -> bool:
     Returns whether there is something to go on from: a run killed before it saved anything begins again.
     """
     last = output / "last.pt"
-    began, saved = output.is_dir(), last.is_file()
-    if resume and not began:
+    saved = last.is_file()
+    if resume and not output.is_dir():
         raise FileNotFoundError(f"nothing to resume: {output} does not exist")
     if not resume and saved:
         raise FileExistsError(f"{output} already holds a run; give --resume to go on, or another output folder")
@@ -336,7 +336,7 @@ def _weights_info(config: TrainConfig, stage: Stage, skeleton: Skeleton) -> Weig
         codec=config.codec,
         flip_test=config.augment.mirror > 0,  # mirrored images are strange to others
         options=config.options,
-        skeleton_definition={} if SKELETONS.get(skeleton.name) == skeleton else skeleton_to_dict(skeleton),
+        skeleton_definition=definition_of(skeleton),
     )
 
 

@@ -223,6 +223,18 @@ def test_settings_of_a_training_may_stand_anywhere(monkeypatch, capsys):
         assert "unrecognized arguments: --" in capsys.readouterr().err
 
 
+def test_results_that_cannot_be_written_are_refused_before_the_work(folder, capsys, monkeypatch):
+    monkeypatch.setattr("fastpose.predict.estimate_files", None)
+    assert main(["predict", str(folder / "in"), "--output", str(folder / "out"), "--json", str(folder)]) == 2
+    assert "is a folder, expected the name of a file" in capsys.readouterr().err
+
+
+def test_results_into_a_pipe(folder):
+    """/dev/stdout names a pipe here, of which there is no path."""
+    done = fastpose("predict", "in", "--detector", "none", "--quiet", "--json", "/dev/stdout", cwd=folder)
+    assert json.loads(done.stdout)["annotations"], done.stderr
+
+
 def test_export_and_info(folder):
     done = fastpose("export", "model.pt", cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -391,6 +391,9 @@ def test_names_of_both_sides_are_paired(left, right):
     assert skeleton_from_dict({"names": [left, "tail", "TL", "TR"]}).flip_pairs == ()
     lonely = skeleton_from_dict({"names": ["left_ear", "RightFoot", "bright", "lip", "rightmost"]})
     assert lonely.flip_pairs == () and unpaired_sides(lonely) == ["left_ear", "RightFoot"]
+    # of several that a name may be paired with, one
+    names = ["left_L4", "left_R4", "right_R4"]
+    assert skeleton_from_dict({"names": names}).flip_pairs == ((1, 2),)
     # a letter beside the word is something else
     assert skeleton_from_dict({"names": ["left_L4", "right_L4", "left_l1", "right_l1"]}).flip_pairs == ((0, 1), (2, 3))
 

@@ -257,6 +257,11 @@ def test_categories_that_tell_nothing_of_keypoints(mice, tmp_path, categories):
         json.dumps([{"image_id": 10, "category_id": 7, "bbox": [1, 2, 30, 40], "score": 1}])
     )
     assert len(load_dataset("custom", mice, "all", detections=tmp_path / "boxes.json")) == 1
+    for annotation, strange in zip(content["annotations"], ([7], {}, 7.5, None), strict=False):
+        annotation["category_id"] = strange
+    (mice / "annotations.json").write_text(json.dumps(content))
+    data = load_dataset("custom", mice, "all")
+    assert len(data) == 9 and set(data.categories) == {1, 7}
 
 
 def test_two_kinds_of_animals_with_the_same_keypoints(tmp_path):

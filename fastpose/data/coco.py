@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ class _Person:
     ignored: bool
     crowd: bool
     usable: bool  # for training and as a box to estimate
+    category: int | str
     outline: dict[str, Any] | None = None  # run-length code; of those only who are hidden from training
-    category: int | str = 1
 
 
 def read_json(path: str | Path, what: str) -> Any:
@@ -293,7 +293,9 @@ def _categories(content: dict[str, Any], skeleton: Skeleton, report: Report) -> 
         raise ValueError(
             f"skeleton {skeleton.name!r} has {skeleton.num_keypoints} keypoints, the annotations' categories {counts}"
         )
-    for category in [] if exact else fitting:
+    if exact:
+        return {c["id"] for c in exact}
+    for category in fitting:
         names = _keypoint_names(category)
         moved = [n for n in skeleton.names if n in names and names.index(n) != skeleton.names.index(n)]
         if moved:
@@ -304,7 +306,7 @@ def _categories(content: dict[str, Any], skeleton: Skeleton, report: Report) -> 
             )
         if not set(names) & set(skeleton.names):
             report.add("category with other keypoints than the skeleton's", category.get("name", category["id"]))
-    return {c["id"] for c in exact or fitting}
+    return {c["id"] for c in fitting}
 
 
 def _people(
@@ -322,7 +324,7 @@ def _people(
             report.add("annotation is not an object", f"annotations[{i}]")
             continue
         name = f"annotation {entry['id']}" if "id" in entry else f"annotations[{i}]"
-        category = entry.get("category_id", next(iter(categories), None))
+        category: Any = entry.get("category_id", next(iter(categories), None))
         if categories and not (_is_id(category) and category in categories):
             report.add("annotation of another category", name, wrong=False)
             continue
@@ -334,14 +336,21 @@ def _people(
         if not _is_id(entry.get("image_id")) or entry["image_id"] not in images:
             report.add("annotation of an unknown image", name)
             continue
-        person = _person(entry, name, images[entry["image_id"]]["size"], skeleton, area_from_box, report)
+        category = category if _is_id(category) else 1  # categories may say nothing, and so may this
+        person = _person(entry, name, images[entry["image_id"]]["size"], skeleton, area_from_box, report, category)
         if person is not None:
-            people.append(replace(person, category=1 if category is None else category))
+            people.append(person)
     return people
 
 
 def _person(
-    entry: dict[str, Any], name: str, size: tuple[int, int], skeleton: Skeleton, area_from_box: bool, report: Report
+    entry: dict[str, Any],
+    name: str,
+    size: tuple[int, int],
+    skeleton: Skeleton,
+    area_from_box: bool,
+    report: Report,
+    category: int | str,
 ) -> _Person | None:
     k = skeleton.num_keypoints
     stated_crowd = entry.get("iscrowd")
@@ -404,7 +413,7 @@ def _person(
     elif not area_from_box:
         report.add("no area (0.53 of the box is taken)", name, wrong="area" in entry)
     outline = None if count and not crowd and stated != 0 else _outline(entry.get("segmentation"), size)
-    return _Person(entry["image_id"], points, box, area, crowd or stated == 0, crowd, usable, outline)
+    return _Person(entry["image_id"], points, box, area, crowd or stated == 0, crowd, usable, category, outline)
 
 
 def _outline(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:

@@ -21,16 +21,15 @@ import numpy as np
 import torch
 
 import fastpose
-from fastpose.checkpoints import DEFAULT_WEIGHTS, resolve_weights
+from fastpose.checkpoints import resolve_weights
 from fastpose.config import from_dict
 from fastpose.data import PoseData
 from fastpose.distributed import rank
 from fastpose.files import write_atomically, write_json
 from fastpose.training.settings import TrainConfig
 
-# settings that change the speed, and the outcome by rounding at most
-FREE = ("data", "output", "memory", "workers", "threads", "device", "compile", "tensorboard")
-BEGINNING = ("init",)  # and those that matter at the beginning only
+# settings that change the speed, and the outcome by rounding at most; and what matters at the beginning only
+FREE = ("data", "output", "memory", "workers", "threads", "device", "compile", "tensorboard", "init")
 
 
 class Log:
@@ -102,13 +101,7 @@ def _sha256(path: Path) -> str:
 
 def _weights_files(config: TrainConfig) -> dict[str, Path]:
     files = {"init": resolve_weights(config.init, config.model)} if config.init else {}
-    return {**files, "teacher": _teacher_file(config)} if config.teacher else files
-
-
-def _teacher_file(config: TrainConfig) -> Path:
-    if config.teacher in DEFAULT_WEIGHTS:
-        return resolve_weights("default", config.teacher)
-    return resolve_weights(config.teacher, "auto")
+    return {**files, "teacher": resolve_weights(*config.teacher_weights)} if config.teacher else files
 
 
 def check_config(config: TrainConfig, path: Path, processes: int) -> None:
@@ -119,10 +112,10 @@ def check_config(config: TrainConfig, path: Path, processes: int) -> None:
     before, now = (
         json.loads(json.dumps(dataclasses.asdict(c))) for c in (from_dict(TrainConfig, content["config"], ""), config)
     )
-    free = {*FREE, *BEGINNING}
+    free = set(FREE)
     known = content.get("sha256", {}).get("teacher")
     if now["teacher"] and before["teacher"] and known:  # wherever the file is now
-        if _sha256(_teacher_file(config)) != known:
+        if _sha256(resolve_weights(*config.teacher_weights)) != known:
             raise ValueError(
                 f"{path.parent} cannot be resumed with another teacher: {now['teacher']} has other contents"
             )

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastpose.checkpoints import DEFAULT_WEIGHTS
 from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec, SoftmaxHeatmapCodec
 from fastpose.data import DATASETS, METRICS, usual_metric
 from fastpose.data.crops import Augmentation
@@ -114,6 +115,11 @@ class TrainConfig:
     def bottom_up(self) -> bool:
         """Whether the network finds all people of an image itself."""
         return is_bottom_up(self.model)
+
+    @property
+    def teacher_weights(self) -> tuple[str, str]:
+        """The teacher's weights and network as `checkpoints.resolve_weights` takes them."""
+        return ("default", self.teacher) if self.teacher in DEFAULT_WEIGHTS else (self.teacher, "auto")
 
     @property
     def measure(self) -> str:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastpose.checkpoints import DEFAULT_WEIGHTS
 from fastpose.codecs import AssociativeEmbeddingCodec, Codec, HeatmapCodec
 from fastpose.data.base import KEYPOINT_MARGIN
 from fastpose.layers import channels_last
@@ -38,8 +37,7 @@ class Teacher:
     """
 
     def __init__(self, config: TrainConfig, skeleton: Skeleton, device: torch.device) -> None:
-        shipped = config.teacher in DEFAULT_WEIGHTS
-        checkpoint = read_weights("default", config.teacher) if shipped else read_weights(config.teacher, "auto")
+        checkpoint = read_weights(*config.teacher_weights)
         path, info = checkpoint.path, checkpoint.info()
         if info is None:
             raise ValueError(f"teacher {path}: expected a weights file of fastpose, which tells size and decoder")
