@@ -681,7 +681,7 @@ class _Lowering:
         else:
             shapes = [list(v.meta["val"].shape) for v in (a, b)]
             raise NotOptimizable(f"{self.name}: a product of {shapes[0]} and {shapes[1]} is not supported")
-        if step.op == SCALE and (self.gates_depthwise(step) or self.gates_attention(step)):
+        if step.op == SCALE and (self.gates_convolution(step) or self.gates_attention(step)):
             return
         if step.op in (SCALE, SCALE_PIXELS) and self.joins_shuffle(step):
             return
@@ -722,12 +722,16 @@ class _Lowering:
         self.gated[step.node] = step
         return True
 
-    def gates_depthwise(self, step: _Step) -> bool:
-        """Leave a map times a gate to the depthwise convolution that is its only use."""
+    def gates_convolution(self, step: _Step) -> bool:
+        """Leave a map times a gate to the convolution that is its only use, if depthwise or, in float32, 1x1."""
         conv = self.follower(step.node, (aten.conv2d.default,))
         if conv is None or conv.args[0] is not step.node:
             return False
-        if len(conv.args) < 7 or not 1 < conv.args[6] == self.channels(step.node):
+        groups = conv.args[6] if len(conv.args) > 6 else 1
+        pointwise = list(conv.args[1].meta["val"].shape[2:]) == [1, 1] and self.precision == "float32"
+        # stride and padding, if they are given
+        pointwise = pointwise and groups == 1 and list(map(list, conv.args[3:5])) in ([], [[1, 1]], [[1, 1], [0, 0]])
+        if not pointwise and not 1 < groups == self.channels(step.node):
             return False
         self.gated[step.node] = step
         return True

@@ -40,7 +40,7 @@ def test_switched_off():
 
 def test_wrong_value():
     done = run("import fastpose", FASTPOSE_CPU_ISA="AVX2")
-    assert "FASTPOSE_CPU_ISA must be one of baseline, avx2, avx512, avx512_bf16, got 'AVX2'" in done.stderr
+    assert "FASTPOSE_CPU_ISA must be one of baseline, avx2, avx512, avx512_vnni, avx512_bf16, got 'AVX2'" in done.stderr
     done = run("import fastpose", FASTPOSE_FUSED="yes")
     assert "FASTPOSE_FUSED must be 'auto', '0' or '1', got 'yes'" in done.stderr
 
@@ -80,13 +80,13 @@ def test_set_fused_switches_every_layer():
 
 
 @needs_kernels
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def test_every_instruction_set_level(level):
     """The operator tests at a lowered level; a wish above the processor's is ignored."""
     pytest.importorskip("fastpose._native")
     done = run("from fastpose import _native; print(_native.cpu_info())", FASTPOSE_CPU_ISA=level)
     info = eval(done.stdout)
-    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    order = ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
     assert order.index(info["isa"]) == min(order.index(level), order.index(info["detected"]))
     if min(order.index(info["isa"]), 2) == min(order.index(info["detected"]), 2):
         return  # the suite itself runs at this level; the operators have nothing of their own at the last one

@@ -66,10 +66,27 @@ def steps(fast: Optimized) -> list[list[int]]:
     return fast.program[5 + outputs + 3 * maps :].view(count, -1).tolist()
 
 
-@pytest.mark.parametrize("channels", [1, 7, 8, 9, 16, 17, 24, 25, 33, 40, 64, 72])
+@pytest.mark.parametrize("channels", [1, 7, 8, 9, 16, 17, 24, 25, 33, 40, 49, 64, 72])
 def test_pointwise_convolution(channels):
     """Every way in which channels fill panels, vectors and half vectors."""
     compare(nn.Sequential(nn.Conv2d(3, channels, 1), nn.Conv2d(channels, 5, 1)), (1, 3, 1, 1), (2, 3, 5, 11))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("into", "channels", "kernel", "stride"), [(200, 170, 3, 2), (190, 256, 3, 1), (700, 401, 1, 1), (600, 450, 1, 2)]
+)
+def test_weights_beyond_the_cache(into, channels, kernel, stride, threads):
+    """Panels of weights are used for all pixels of a tile before the next one."""
+    net = nn.Sequential(
+        nn.Conv2d(3, into, 1), nn.ReLU(), nn.Conv2d(into, channels, kernel, stride=stride, padding=kernel // 2)
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        compare(net, (1, 3, 1, 1), (1, 3, 9, 7), (3, 3, 13, 10))
+    finally:
+        torch.set_num_threads(before)
 
 
 class Rounded(nn.Module):
@@ -296,6 +313,39 @@ def test_gates(channels, serial):
     assert count[SCALE_PIXELS] == 3 and count[INTERLEAVE] == 2
 
 
+class GatedConvolution(nn.Module):
+    """Squeeze-and-excitation before a convolution, in the ways in which the gate is left to it or is not."""
+
+    def __init__(self, channels: int, case: str) -> None:
+        super().__init__()
+        stride = 2 if case == "every other pixel" else 1
+        self.stem, self.gate = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+        self.conv = nn.Conv2d(channels, 21, 1, stride=stride, bias=False)
+        self.norm, self.rest, self.case = nn.BatchNorm2d(21), nn.Conv2d(3, 21, 1, stride=stride), case
+
+    def forward(self, x):
+        y = F.relu(self.stem(x))
+        gate = torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        gated = y * (gate + 0.5 if self.case == "plus" else gate)
+        z = F.relu(self.norm(self.conv(gated)) + self.rest(x))
+        return (z, gated) if self.case == "used twice" else z
+
+
+@pytest.mark.parametrize("case", ["plain", "plus", "every other pixel", "used twice"])
+@pytest.mark.parametrize("channels", [5, 16, 43])
+def test_gates_left_to_convolutions(channels, case):
+    net = GatedConvolution(channels, case)
+    if case == "used twice":
+        net.input_multiple = 1
+        fast, x = optimize(net.eval(), (8, 8)), torch.randn(2, 3, 5, 7)
+        with torch.no_grad():
+            for got, expected in zip(fast(x), net.double()(x.double()), strict=True):
+                assert relative(got, expected) < 5e-6
+    else:
+        fast = compare(net, (1, 3, 24, 24), (2, 3, 5, 9), (1, 3, 1, 1), (0, 3, 4, 4))
+    assert Counter(step[0] for step in steps(fast))[SCALE] == (case in ("every other pixel", "used twice"))
+
+
 def test_attention_takes_in_its_gate():
     fast = optimize(build("hr_litenet"))
     count = Counter(step[0] for step in steps(fast))
@@ -495,7 +545,7 @@ def test_mobileposenet(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def test_every_instruction_set(level):
     code = "import tests.test_plan as t; [t.test_dense_convolution(*a) for a in ((3, 2, 1), (1, 2, 0))]; "
     code += "[t.test_depthwise_convolution(k, s) for k in (3, 5, 7) for s in (1, 2)]; "
@@ -506,7 +556,9 @@ def test_every_instruction_set(level):
     code += "[t.test_gates(c, True) for c in (16, 19)]; [t.test_maps_of_few_channels(s) for s in (False, True)]; "
     code += "t.test_convolution_to_one_channel(2, 7, 3); t.test_parts_in_place(); t.test_fusion_by_channel_means(); "
     code += "t.test_winograd(17, 40); t.test_transposed_dense_convolution(24); t.test_max_pooling(3, 2, 1); "
-    code += "[t.test_multi_scale_attention(c) for c in (16, 32, 48)]"
+    code += "[t.test_multi_scale_attention(c) for c in (16, 32, 48)]; "
+    code += "t.test_weights_beyond_the_cache(200, 170, 3, 2, 2); t.test_gates_left_to_convolutions(43, 'plus'); "
+    code += "t.test_sums_of_many_numbers(64, 512)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FASTPOSE_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -663,7 +715,8 @@ def test_too_large_images_are_an_error():
     assert fast(torch.zeros(1, 3, 64, 64)).isfinite().all()
 
 
-def test_sums_of_many_numbers():
+@pytest.mark.parametrize(("channels", "height"), [(16, 1024), (64, 512)])
+def test_sums_of_many_numbers(channels, height):
     """A constant above noise, as beside a letterboxed image: rounding must not grow with the number of pixels."""
 
     class Means(nn.Module):
@@ -673,11 +726,11 @@ def test_sums_of_many_numbers():
 
         def __init__(self):
             super().__init__()
-            self.first = nn.Conv2d(3, 16, 1)
+            self.first = nn.Conv2d(3, channels, 1)
 
     net = Multiple(Means(), 32)
-    fast, x = optimize(net), torch.randn(1, 3, 1024, 1024)
-    x[:, :, 512:] = -2.1179
+    fast, x = optimize(net), torch.randn(1, 3, height, 1024)
+    x[:, :, height // 2 :] = -2.1179
     with torch.no_grad():
         got, expected = fast(x), net.double()(x.double())
     assert float(((got - expected) / expected.abs().clamp(min=0.1)).abs().max()) < 1e-4

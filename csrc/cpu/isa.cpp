@@ -11,8 +11,10 @@ Isa detected_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-#if FASTPOSE_KNOWS_BF16
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return Isa::kAvx512Bf16;
+#if FASTPOSE_KNOWS_VNNI
+    if (__builtin_cpu_supports("avx512vnni")) {
+      return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512Vnni;
+    }
 #endif
     return Isa::kAvx512;
   }
@@ -24,14 +26,17 @@ Isa detected_isa() {
 namespace {
 
 Isa choose() {
-  Isa level = detected_isa();
+  const Isa most = detected_isa();
   const char* wish = std::getenv("FASTPOSE_CPU_ISA");
   if (wish != nullptr) {
-    for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
-      if (std::string(wish) == isa_name(lower) && lower < level) level = lower;
+    for (const Isa level : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16}) {
+      if (std::string(wish) == isa_name(level)) return level < most ? level : most;
     }
   }
-  return level;
+#if defined(__x86_64__)
+  if (most == Isa::kAvx512Bf16 && __builtin_cpu_is("intel")) return Isa::kAvx512Vnni;
+#endif
+  return most;
 }
 
 }  // namespace
@@ -44,6 +49,7 @@ Isa isa() {
 const char* isa_name(Isa level) {
   switch (level) {
     case Isa::kAvx512Bf16: return "avx512_bf16";
+    case Isa::kAvx512Vnni: return "avx512_vnni";
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx2: return "avx2";
     default: return "baseline";

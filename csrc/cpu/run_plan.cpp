@@ -21,7 +21,7 @@
 #include "checks.h"
 #include "cpu/depthwise.h"
 
-#define FASTPOSE_USES_BF16
+#define FASTPOSE_USES_VNNI
 #define FASTPOSE_KERNEL_FILE "cpu/run_plan_kernel.h"
 #include "cpu/foreach_isa.h"
 
@@ -187,7 +187,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ||
                        s.op == PlanOp::kCoordinateMean || s.op == PlanOp::kGroupAttention;
     const bool may_be_gated = gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave ||
-                              s.op == PlanOp::kAdd || s.op == PlanOp::kChannelStats;
+                              s.op == PlanOp::kAdd || s.op == PlanOp::kChannelStats ||
+                              (s.op == PlanOp::kConv && s.kernel == 1 && s.stride == 1 && s.in != plan.input);
     ok = ok && s.second != plan.input &&
          (s.second < 0 || (s.op == PlanOp::kScalePixels && has(s.second, in_channels)) ||
           (s.op == PlanOp::kInterleave && has(s.second, 1)));
@@ -291,7 +292,10 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       FASTPOSE_CHECK(in.height + 2 * s.padding >= s.kernel && in.width + 2 * s.padding >= s.kernel,
                      "run_plan: images of ", height, " x ", width, " are too small for this network");
       if (s.op == PlanOp::kConv) {
-        l.gather = std::max(l.gather, kMostRows * s.kernel * s.kernel * in.channels);
+        const int64_t depth = s.kernel * s.kernel * in.channels;
+        const bool gathers = s.kernel > 1 || s.stride > 1;
+        if (gathers) l.gather = std::max(l.gather, gathered_rows(depth, out.channels) * depth);
+        if (s.gate >= 0) l.gather = std::max(l.gather, kMostRows * ceil_div(in.channels, kPad) * kPad);
         const int64_t line = in.width + 2 * s.padding + kPad;  // of a plane, see conv_to_one
         if (to_one(s, in.channels, out.channels)) {
           check_product(in.channels, out.height + s.kernel, line);
@@ -315,7 +319,7 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     } else if (s.op == PlanOp::kWinograd) {
       l.gather = std::max(l.gather, winograd_scratch(in.channels, out.channels));
     } else if (s.op == PlanOp::kConvBf16) {
-      l.gather = std::max(l.gather, kMostRows * rounded_row(in.channels, 2));
+      l.gather = std::max(l.gather, kMostRows * rounded_row(in.channels, 1));
     } else if (s.op == PlanOp::kConvInt8) {
       l.gather = std::max(l.gather, kScales + kMostRows * rounded_row(in.channels, 4));
     } else if (s.op == PlanOp::kMeanOfRows) {
@@ -477,6 +481,9 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
                0};
     int64_t rows = t.out.pixels(), unit = 12;
     if (s.op == PlanOp::kConv && to_one(s, t.in.channels, t.out.channels)) unit = t.out.width;
+    if (s.op == PlanOp::kConv && far_weights(s.kernel * s.kernel * t.in.channels, t.out.channels)) {
+      unit = ceil_div(ceil_div(rows, threads), unit) * unit;  // every thread reads the weights once
+    }
     if (s.op == PlanOp::kDepthwise) rows = t.out.height, unit = 1;
     // as many rows as the matrix product takes at once; half of them where every thread would not get that many
     if (s.op == PlanOp::kWinograd) rows = squares(t.out), unit = rows < threads * kSquares ? kSquares / 2 : kSquares;

@@ -17,7 +17,9 @@ constexpr int64_t kPanel = 32;  // output channels per packed panel of a convolu
 enum class PlanAct : int64_t { kNone, kRelu, kHardswish, kSilu, kHardsigmoid, kSigmoid, kRelu6 };
 
 enum class PlanOp : int64_t {
-  kConv,       // dense k x k convolution + bias (+ map `other`) + activation; weights [panel][k * k * in][width]
+  // dense k x k convolution (if 1x1, of map * (gate + constant)) + bias (+ map `other`) + activation; weights
+  // [panel][k * k * in][width]
+  kConv,
   kDepthwise,  // depthwise k x k convolution (of map * (gate + constant)) + bias + activation; weights [k * k][padded]
   kUpsample,   // depthwise transposed 4x4 convolution, stride 2, padding 1, + bias + activation; weights [16][padded]
   kMean,       // act(mean over all pixels)
@@ -103,8 +105,14 @@ inline int64_t group_attention_scratch(const PlanMap& in) {
 
 // The matrix product takes at most so many pixels at a time.
 constexpr int64_t kMostRows = 12;
+// Weights of more floats than this stay beyond the second-level cache. They are read once for as many pixels as a tile
+// has, of which so many are gathered at a time.
+inline bool far_weights(int64_t depth, int64_t channels) { return depth * channels > 256 << 10; }
+inline int64_t gathered_rows(int64_t depth, int64_t channels) {
+  return (far_weights(depth, channels) ? 4 : 1) * kMostRows;
+}
 
-// kConvBf16 and kConvInt8 round that many first, each to so many floats' worth of pairs or fours; those of the latter
+// kConvBf16 and kConvInt8 round that many first, each to so many floats' worth of numbers, pairs or fours; the last
 // stand behind the scale and zero of each pixel.
 inline int64_t rounded_row(int64_t channels, int64_t per_float) {
   return (channels + per_float * kPad - 1) / (per_float * kPad) * kPad;

@@ -3,6 +3,23 @@
 #include "cpu/plan/common.h"
 #include "cpu/plan/product.h"
 #include "cpu/plan/rounded.h"
+#if FASTPOSE_BF16
+
+namespace fastpose {
+namespace FASTPOSE_ISA {
+
+// This level has one product more than the one below; the rest is there already.
+struct PlanLevel {
+  static void run(const PlanTask& t, int64_t tile, float* scratch) {
+    if (t.step->op == PlanOp::kConvBf16) return conv_bf16(t, tile, scratch);
+    avx512_vnni::PlanLevel::run(t, tile, scratch);
+  }
+};
+
+}  // namespace FASTPOSE_ISA
+}  // namespace fastpose
+
+#else
 #include "cpu/plan/convolution.h"
 #include "cpu/plan/winograd.h"
 #include "cpu/plan/to_one.h"
@@ -56,3 +73,4 @@ struct PlanLevel {
 
 }  // namespace FASTPOSE_ISA
 }  // namespace fastpose
+#endif

@@ -59,6 +59,13 @@ FASTPOSE_INLINE Vec<float> in_register(Vec<float> v) {
   return v;
 }
 
+// p, of which the compiler no longer knows how far it is from others: it would rather keep each distance in a register
+// than each pointer, and run out of them.
+FASTPOSE_INLINE const float* unrelated(const float* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
 // Store that bypasses the caches, for results too large to be found there later. p must be vector-aligned.
 FASTPOSE_INLINE void stream(float* p, Vec<float> v) {
 #if defined(__x86_64__) && FASTPOSE_VECTOR_BYTES == 64

@@ -13,7 +13,8 @@ from torch import library as torch_library
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_ops.so"
 OPS = ("ghost_cheap", "ghost_cheap_backward", "dw_upsample", "dw_upsample_backward", "oks_nms", "run_plan")
-CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # as in csrc/cpu/isa.cpp; the highest that may be used
+# as in csrc/cpu/isa.cpp; the highest that may be used
+CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 
 
 def _load() -> tuple[bool, str]:

@@ -35,6 +35,20 @@ FASTPOSE_INLINE void gather(const PlanTask& t, int64_t k, int64_t y, int64_t x, 
   }
 }
 
+// 1x1 convolution of map * (gate + constant), which is computed for as many pixels as the matrix product takes at once.
+void conv_gated(const PlanTask& t, int64_t begin, int64_t end, float* scratch) {
+  const int64_t channels = t.in.channels, row = pad(channels);
+  for (int64_t first = begin; first < end; first += kRows) {
+    const int64_t rows = end - first < kRows ? end - first : kRows;
+    for (int64_t c = 0; c < channels; c += kL) {
+      const V gate = load(t.gate.data + c) + t.step->constant;
+      const float* in = t.in.data + first * t.in.stride + c;
+      for (int64_t r = 0; r < rows; ++r) store(scratch + r * row + c, load(in + r * t.in.stride) * gate);
+    }
+    conv_rows({scratch, row, channels}, rows, t, first);
+  }
+}
+
 // Dense convolution: output pixels as rows of a matrix product. A 1x1 convolution reads the map itself; otherwise the
 // k * k input pixels under each output pixel are read kernel row by kernel row or, at borders, gathered into `scratch`
 // first.
@@ -42,19 +56,22 @@ void conv(const PlanTask& t, int64_t tile, float* scratch) {
   const PlanStep& s = *t.step;
   const auto [begin, end] = range_of(t, tile, t.out.pixels());
   const int64_t channels = t.in.channels;
+  if (t.gate.data != nullptr) return conv_gated(t, begin, end, scratch);
   if (s.kernel == 1 && s.stride == 1) {
     conv_rows({t.in.data + begin * t.in.stride, t.in.stride, channels}, end - begin, t, begin);
     return;
   }
   const int64_t k = s.kernel, depth = k * k * channels;
   const bool dense = t.in.stride == channels;  // a kernel row's pixels are neighbours in memory
+  const bool far = far_weights(depth, t.out.channels);
+  const int64_t most = far ? gathered_rows(depth, t.out.channels) : kRows;
   int64_t y = begin / t.out.width, x = begin % t.out.width;
-  for (int64_t first = begin; first < end; first += kRows) {
-    const int64_t rows = end - first < kRows ? end - first : kRows;
+  for (int64_t first = begin; first < end; first += most) {
+    const int64_t rows = end - first < most ? end - first : most;
     const int64_t top = y * s.stride - s.padding, left = x * s.stride - s.padding;
     const bool inside = top >= 0 && left >= 0 && top + k <= t.in.height && x + rows <= t.out.width &&
                         left + (rows - 1) * s.stride + k <= t.in.width;
-    if (dense && inside) {
+    if (dense && inside && !far) {
       const float* corner = t.in.data + (top * t.in.width + left) * channels;
       conv_rows({corner, s.stride * channels, k * channels, k, t.in.width * channels}, rows, t, first);
       x += rows;

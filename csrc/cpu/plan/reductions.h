@@ -1,7 +1,7 @@
 // Means, sums and maxima over pixels, rows, columns and channels, and the softmax of a few numbers.
 //
-// Blocking: over pixels a tile has some of the channels, a vector at a time, with four running sums; over channels as
-// many pixels as a vector has lanes, whose sums are put together lane by lane. Bound: reading the map once. With the
+// Blocking: over pixels a tile has some of the channels, four vectors at a time, with a running sum each; over channels
+// as many pixels as a vector has lanes, whose sums are put together lane by lane. Bound: reading the map once. With the
 // gate that follows (cpu/plan/pointwise.h) 91 % is reached at 160x32x24.
 
 namespace fastpose {
@@ -11,46 +11,67 @@ namespace {
 // Numbers that are summed up before they are added to the total: the rounding of a sum grows with its length.
 constexpr int64_t kSummed = 256;
 
-// kMean, kSum, kMax and kMeanMax over all pixels: four running values each, since one would wait for itself.
-// With both the sums end where the maxima begin.
-template <bool kSum, bool kMaximum>
-void reduce(const PlanTask& t, int64_t tile, float factor) {
+// Mean, sum and maximum of kV vectors of channels from `c` on over all pixels. Four values run at a time, since one
+// would wait for itself: of neighbouring vectors, which are read together, or of pixels in turn.
+template <bool kSum, bool kMaximum, int kV>
+FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t c, float factor) {
+  constexpr int kTurns = 4 / kV;
+  constexpr int64_t kPixelsAhead = 16;
   const int64_t pixels = t.in.pixels(), stride = t.in.stride, all = t.in.channels;
-  const Range channels = range_of(t, tile, all);
-  for (int64_t c = channels.begin; c < channels.end; c += kL) {
-    V sum[4]{}, most[4]{};
-    if (kMaximum) {
-      for (int i = 0; i < 4; ++i) most[i] = load(t.in.data + c);
-    }
-    const auto take = [&](int i, int64_t p) {
-      const V x = load(t.in.data + p * stride + c);
-      if (kSum) sum[i] += x;
-      if (kMaximum) most[i] = larger(most[i], x);
-    };
-    V total{};
-    int64_t p = 0;
-    for (int64_t end = 0; end < pixels;) {
-      end = std::min(end + kSummed, pixels);
-      for (; p + 4 <= end; p += 4) {
+  const float* in = t.in.data + c;
+  const bool far = kV > 1 && pixels * stride > kFar;
+  V total[kV]{}, most[4]{};
+  if (kMaximum) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) take(i, p + i);
-      }
-      for (; p < end; ++p) take(0, p);
-      if (kSum) {
-        total += sum[0] + sum[1] + sum[2] + sum[3];
-        for (V& part : sum) part = V{};
+    for (int i = 0; i < 4; ++i) most[i] = load(in + i % kV * kL);
+  }
+  int64_t p = 0;
+  for (int64_t end = 0; end < pixels;) {
+    end = std::min(end + kSummed, pixels);
+    V sum[4]{};
+    for (; p + kTurns <= end; p += kTurns) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const float* from = in + (p + i / kV) * stride + i % kV * kL;
+        if (far) __builtin_prefetch(from + kPixelsAhead * stride);
+        const V x = load(from);
+        if (kSum) sum[i] += x;
+        if (kMaximum) most[i] = larger(most[i], x);
       }
     }
-    const int64_t first = kSum && kMaximum ? all : 0;  // channel of the first maximum
-    if (kSum) {
-      const V y = total * factor;
-      put(t.out.data + c, apply(y, t.step->act), (first > 0 ? all : t.out.room) - c);
+    for (; p < end; ++p) {  // only of one vector
+      const V x = load(in + p * stride);
+      if (kSum) sum[0] += x;
+      if (kMaximum) most[0] = larger(most[0], x);
     }
-    if (kMaximum) {
-      const V y = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-      put(t.out.data + first + c, apply(y, t.step->act), t.out.room - first - c);
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) {
+#pragma GCC unroll 4
+      for (int i = v + kV; i < 4; i += kV) sum[v] += sum[i];
+      total[v] += sum[v];
     }
   }
+  const int64_t first = kSum && kMaximum ? all : 0;  // channel of the first maximum
+#pragma GCC unroll 4
+  for (int v = 0; v < kV; ++v) {
+    const int64_t at = c + v * kL;
+    if (kSum) put(t.out.data + at, apply(total[v] * factor, t.step->act), (first > 0 ? all : t.out.room) - at);
+    if (kMaximum) {
+      V y = most[v];
+#pragma GCC unroll 4
+      for (int i = v + kV; i < 4; i += kV) y = larger(y, most[i]);
+      put(t.out.data + first + at, apply(y, t.step->act), t.out.room - first - at);
+    }
+  }
+}
+
+// kMean, kSum, kMax and kMeanMax over all pixels. With both the sums end where the maxima begin.
+template <bool kSum, bool kMaximum>
+void reduce(const PlanTask& t, int64_t tile, float factor) {
+  const Range channels = range_of(t, tile, t.in.channels);
+  int64_t c = channels.begin;
+  for (; c + 4 * kL <= channels.end; c += 4 * kL) reduce_vectors<kSum, kMaximum, 4>(t, c, factor);
+  for (; c < channels.end; c += kL) reduce_vectors<kSum, kMaximum, 1>(t, c, factor);
 }
 
 // The sum of value(0) ... value(count - 1): four running ones, since one would wait for itself.

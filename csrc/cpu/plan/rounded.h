@@ -1,48 +1,54 @@
 // Matrix products of bfloat16 and of bytes: the pixels of a block are rounded once, for all panels of weights, and the
 // product of cpu/plan/product.h takes pairs or fours of them for one float.
 //
-// Bound: arithmetic at two and four times the products per instruction; without the level avx512_bf16 the pairs and
-// fours are taken apart, which is right and slow.
+// Bound: arithmetic at two and four times the products per instruction. Below the level avx512_bf16 the pairs of the
+// weights are taken apart, once per block, for products of floats; below avx512_vnni the fours are, which is slow.
 
 namespace fastpose {
 namespace FASTPOSE_ISA {
 namespace {
 
+#if FASTPOSE_BF16
 typedef uint16_t Bf16 __attribute__((may_alias));
-typedef uint8_t Bytes __attribute__((may_alias));
 
 // `from` [channels] rounded to bfloat16, to the nearest and of two as near to the even one.
-FASTPOSE_INLINE void round_to_pairs(const float* from, int64_t channels, float* to) {
-#if FASTPOSE_BF16
+FASTPOSE_INLINE void round_to_bf16(const float* from, int64_t channels, float* to) {
   for (int64_t c = 0; c < channels; c += 2 * kL) {
     const V low = load(from + c), high = c + kL < channels ? load(from + c + kL) : V{};
     const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
     store(to + c / 2, reinterpret_cast<V>((__m512)both));
   }
-  Bf16* rounded = reinterpret_cast<Bf16*>(to);
-#else
-  Bf16* rounded = reinterpret_cast<Bf16*>(to);
-  for (int64_t c = 0; c < channels; ++c) {
-    const uint32_t bits = bits_of(from[c]);
-    const bool nan = from[c] != from[c];
-    rounded[c] = static_cast<Bf16>((nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-#endif
-  if (channels % 2 != 0) rounded[channels] = 0;
+  if (channels % 2 != 0) reinterpret_cast<Bf16*>(to)[channels] = 0;
 }
+#else
+// The same, each number a float.
+FASTPOSE_INLINE void round_to_bf16(const float* from, int64_t channels, float* to) {
+  for (int64_t c = 0; c < channels; c += kL) {
+    const V x = load(from + c);
+    const IntVec<float> bits = reinterpret_cast<IntVec<float> >(x);
+    const IntVec<float> rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+    store(to + c, reinterpret_cast<V>(rounded & ~0xffff));
+  }
+  if (channels % 2 != 0) to[channels] = 0;
+}
+#endif
 
 // kConvBf16: the pixels of a block are rounded once for all panels of weights.
 void conv_bf16(const PlanTask& t, int64_t tile, float* scratch) {
+  constexpr bool kPaired = FASTPOSE_BF16;
   const auto [begin, end] = range_of(t, tile, t.out.pixels());
-  const int64_t channels = t.in.channels, row = rounded_row(channels, 2);
+  const int64_t channels = t.in.channels, row = rounded_row(channels, kPaired ? 2 : 1);
   for (int64_t first = begin; first < end; first += kRows) {
     const int64_t rows = end - first < kRows ? end - first : kRows;
     for (int64_t r = 0; r < rows; ++r) {
-      round_to_pairs(t.in.data + (first + r) * t.in.stride, channels, scratch + r * row);
+      round_to_bf16(t.in.data + (first + r) * t.in.stride, channels, scratch + r * row);
     }
-    conv_rows<Factors::kPairs>({scratch, row, (channels + 1) / 2}, rows, t, first);
+    conv_rows<kPaired ? Factors::kPairs : Factors::kHalfPairs>({scratch, row, (channels + 1) / 2}, rows, t, first);
   }
 }
+
+#if !FASTPOSE_BF16
+typedef uint8_t Bytes __attribute__((may_alias));
 
 // `from` [channels] scaled to bytes, q = round(x / scale) + zero with 0 exactly at `zero`. Not a number makes `scale`
 // so.
@@ -101,6 +107,7 @@ void conv_int8(const PlanTask& t, int64_t tile, float* scratch) {
     conv_rows<Factors::kBytes>(all, rows, t, first);
   }
 }
+#endif
 
 }  // namespace
 }  // namespace FASTPOSE_ISA
