@@ -246,9 +246,10 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
             `input_multiple`.
         precision: ``"float32"``, or ``"bfloat16"`` for the products of 1x1 convolutions, where most of a light
             network's arithmetic is: maps and weights are rounded to 8 bits as they are multiplied, sums and everything
-            else stay float32. Twice as fast there on processors with AVX512-BF16, slower on others. ``"int8"``: of wide
-            1x1 convolutions instead bytes, weights scaled per output channel and maps per pixel as they are met; of the
-            others as ``"bfloat16"``. Faster still on processors that have AVX512-VNNI too, and less exact. On CUDA
+            else stay float32. Twice as fast there on AMD processors with AVX512-BF16; on others, of which Intel's are
+            slow at it, as fast as float32 or a little slower. ``"int8"``: of wide 1x1 convolutions instead bytes,
+            weights scaled per output channel and maps per pixel as they are met; of the others as ``"bfloat16"``. Less
+            exact; faster still on processors that have AVX512-VNNI, slower than float32 on those without. On CUDA
             ``"float32"``, ``"bfloat16"`` or ``"float16"``: what everything is computed in.
 
     Returns:
@@ -1019,7 +1020,8 @@ class _Lowering:
             return -1 if node is None else self.map_of(node)
 
         image = self.maps[self.image]  # its pixels are not padded to whole vectors, which convolutions alone allow for
-        first = operand(step.operand) if step.op not in (CONV, DECONV) else -1
+        plain = step.op in (CONV, DECONV) and step.gate is None
+        first = -1 if plain else operand(step.operand)
         if image in (first, *map(operand, (step.other, step.gate, step.second))):
             raise NotOptimizable(
                 f"{self.name}: {step.node.target} of the image itself is not supported; expected a dense convolution"

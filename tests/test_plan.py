@@ -331,6 +331,15 @@ class GatedConvolution(nn.Module):
         return (z, gated) if self.case == "used twice" else z
 
 
+class GatedImage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.conv = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x * torch.sigmoid(self.gate(x).mean((2, 3), keepdim=True)))
+
+
 @pytest.mark.parametrize("case", ["plain", "plus", "every other pixel", "used twice"])
 @pytest.mark.parametrize("channels", [5, 16, 43])
 def test_gates_left_to_convolutions(channels, case):
@@ -701,6 +710,7 @@ def test_what_is_not_understood_is_named():
         (nn.Conv2d(3, 4, 3, padding=3), "padding 3, .* is not supported"),
         (nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1)), "aten.relu_.* of the image itself is not supported"),
         (nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(3, 4, 1)), "max_pool2d.* of the image itself .* dense conv"),
+        (GatedImage(), "conv2d.* of the image itself is not supported"),
     ):
         module.input_multiple = 1
         with pytest.raises(NotOptimizable, match=message):

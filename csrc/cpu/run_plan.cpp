@@ -294,7 +294,8 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
       if (s.op == PlanOp::kConv) {
         const int64_t depth = s.kernel * s.kernel * in.channels;
         const bool gathers = s.kernel > 1 || s.stride > 1;
-        if (gathers) l.gather = std::max(l.gather, gathered_rows(depth, out.channels) * depth);
+        const int64_t at_once = far_weights(depth, out.channels) ? kFarRows : kMostRows;
+        if (gathers) l.gather = std::max(l.gather, at_once * depth);
         if (s.gate >= 0) l.gather = std::max(l.gather, kMostRows * ceil_div(in.channels, kPad) * kPad);
         const int64_t line = in.width + 2 * s.padding + kPad;  // of a plane, see conv_to_one
         if (to_one(s, in.channels, out.channels)) {
@@ -481,8 +482,9 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
                0};
     int64_t rows = t.out.pixels(), unit = 12;
     if (s.op == PlanOp::kConv && to_one(s, t.in.channels, t.out.channels)) unit = t.out.width;
+    // as many pixels as large weights are used for at a time, unless some threads would get none
     if (s.op == PlanOp::kConv && far_weights(s.kernel * s.kernel * t.in.channels, t.out.channels)) {
-      unit = ceil_div(ceil_div(rows, threads), unit) * unit;  // every thread reads the weights once
+      unit = std::min(ceil_div(ceil_div(rows, threads), unit) * unit, kFarRows);
     }
     if (s.op == PlanOp::kDepthwise) rows = t.out.height, unit = 1;
     // as many rows as the matrix product takes at once; half of them where every thread would not get that many

@@ -105,12 +105,10 @@ inline int64_t group_attention_scratch(const PlanMap& in) {
 
 // The matrix product takes at most so many pixels at a time.
 constexpr int64_t kMostRows = 12;
-// Weights of more floats than this stay beyond the second-level cache. They are read once for as many pixels as a tile
-// has, of which so many are gathered at a time.
+// Weights of more floats than this stay beyond the second-level cache. Each time they are read they are used for up to
+// so many pixels.
 inline bool far_weights(int64_t depth, int64_t channels) { return depth * channels > 256 << 10; }
-inline int64_t gathered_rows(int64_t depth, int64_t channels) {
-  return (far_weights(depth, channels) ? 4 : 1) * kMostRows;
-}
+constexpr int64_t kFarRows = 4 * kMostRows;
 
 // kConvBf16 and kConvInt8 round that many first, each to so many floats' worth of numbers, pairs or fours; the last
 // stand behind the scale and zero of each pixel.

@@ -3,16 +3,21 @@
 #include "cpu/plan/common.h"
 #include "cpu/plan/product.h"
 #include "cpu/plan/rounded.h"
-#if FASTPOSE_BF16
+#if FASTPOSE_VNNI
 
 namespace fastpose {
 namespace FASTPOSE_ISA {
 
-// This level has one product more than the one below; the rest is there already.
+// These levels have one product more than the one below each; the rest is there already.
 struct PlanLevel {
   static void run(const PlanTask& t, int64_t tile, float* scratch) {
+#if FASTPOSE_BF16
     if (t.step->op == PlanOp::kConvBf16) return conv_bf16(t, tile, scratch);
     avx512_vnni::PlanLevel::run(t, tile, scratch);
+#else
+    if (t.step->op == PlanOp::kConvInt8) return conv_int8(t, tile, scratch);
+    avx512::PlanLevel::run(t, tile, scratch);
+#endif
   }
 };
 

@@ -8,6 +8,7 @@ namespace fastpose {
 namespace FASTPOSE_ISA {
 namespace {
 
+#if !FASTPOSE_VNNI || FASTPOSE_BF16
 #if FASTPOSE_BF16
 typedef uint16_t Bf16 __attribute__((may_alias));
 
@@ -21,13 +22,15 @@ FASTPOSE_INLINE void round_to_bf16(const float* from, int64_t channels, float* t
   if (channels % 2 != 0) reinterpret_cast<Bf16*>(to)[channels] = 0;
 }
 #else
+typedef uint32_t U32 __attribute__((vector_size(FASTPOSE_VECTOR_BYTES)));
+
 // The same, each number a float.
 FASTPOSE_INLINE void round_to_bf16(const float* from, int64_t channels, float* to) {
   for (int64_t c = 0; c < channels; c += kL) {
     const V x = load(from + c);
-    const IntVec<float> bits = reinterpret_cast<IntVec<float> >(x);
-    const IntVec<float> rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
-    store(to + c, reinterpret_cast<V>(rounded & ~0xffff));
+    const U32 bits = reinterpret_cast<U32>(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
+    const U32 quiet_nan = bits | 0x400000, result = x == x ? rounded : quiet_nan;
+    store(to + c, reinterpret_cast<V>(result & 0xffff0000u));
   }
   if (channels % 2 != 0) to[channels] = 0;
 }
@@ -46,6 +49,7 @@ void conv_bf16(const PlanTask& t, int64_t tile, float* scratch) {
     conv_rows<kPaired ? Factors::kPairs : Factors::kHalfPairs>({scratch, row, (channels + 1) / 2}, rows, t, first);
   }
 }
+#endif
 
 #if !FASTPOSE_BF16
 typedef uint8_t Bytes __attribute__((may_alias));
