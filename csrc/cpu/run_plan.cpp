@@ -509,8 +509,11 @@ struct Section {
   size_t begin, end;
   int64_t tiles;
 };
+// A section's tiles lie in as many parts as there are threads. Each thread begins with its own, which are of the same
+// pixels in most instructions, so that it finds in its cache what it wrote before, and then helps the others.
+constexpr int64_t kParts = 15;
 struct alignas(64) Progress {
-  std::atomic<int64_t> next{0}, done{0};
+  std::atomic<int32_t> done{0}, next[kParts]{};
 };
 
 // A moment of waiting that leaves the core to its other hardware thread, which may be the one waited for.
@@ -629,17 +632,30 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
     std::vector<Progress>& progress = made;
     for (int64_t image = alone; image < images; ++image) {
       read_image(x, image, input(arena));
-      for (size_t i = 0; i < sections.size(); ++i) progress[i].next = progress[i].done = 0;
-      parallel_for(threads, 1, [&](int64_t, int64_t) {
+      for (size_t i = 0; i < sections.size(); ++i) {
+        progress[i].done.store(0, std::memory_order_relaxed);
+        for (auto& next : progress[i].next) next.store(0, std::memory_order_relaxed);
+      }
+      const int64_t parts = std::min(threads, kParts);
+      parallel_for(threads, 1, [&](int64_t index, int64_t) {
         float* gather = scratch<float>(kGatherSlot, layout.gather + kPad);
         for (size_t i = 0; i < sections.size(); ++i) {
           const Section& section = sections[i];
-          for (int64_t tile; (tile = progress[i].next.fetch_add(1)) < section.tiles;) {
-            for (size_t j = section.begin; j < section.end; ++j) {
-              FASTPOSE_CALL(PlanLevel::run, tasks[j], tile, gather);
+          int32_t finished = 0;
+          for (int64_t p = 0; p < parts; ++p) {
+            const int64_t part = (index + p) % parts;
+            const int64_t first = section.tiles * part / parts, last = section.tiles * (part + 1) / parts;
+            std::atomic<int32_t>& next = progress[i].next[part];
+            while (first + next.load(std::memory_order_relaxed) < last) {
+              const int64_t tile = first + next.fetch_add(1, std::memory_order_relaxed);
+              if (tile >= last) break;
+              for (size_t j = section.begin; j < section.end; ++j) {
+                FASTPOSE_CALL(PlanLevel::run, tasks[j], tile, gather);
+              }
+              ++finished;
             }
-            progress[i].done.fetch_add(1, std::memory_order_release);
           }
+          if (finished > 0) progress[i].done.fetch_add(finished, std::memory_order_release);
           for (int spins = 0; progress[i].done.load(std::memory_order_acquire) < section.tiles; ++spins) {
             spins < 500 ? relax() : static_cast<void>(sched_yield());
           }
