@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -45,7 +46,8 @@ struct Plan {
 struct Layout {
   std::vector<PlanMap> maps;
   std::vector<int64_t> offset;
-  int64_t floats = 0, gather = 0;
+  std::vector<size_t> group_end;  // of the group that each step belongs to, see `Groups`
+  int64_t floats = 0, gather = 0, reduced = 0;  // the last: channels, padded, of the widest reduction
 };
 
 Plan parse(const Tensor& program, const Tensor& weights) {
@@ -237,8 +239,88 @@ void check_product(int64_t a, int64_t b, int64_t c) {
   FASTPOSE_CHECK(product < 0x1p44, "run_plan: a map of ", product, " numbers is too large");
 }
 
+// Which numbers of its result a tile of an instruction makes.
+enum class Tiles { kPixels, kRows, kPairsOfRows, kReduction, kOther };
+
+Tiles tiles_of(const PlanStep& s, int64_t in_channels, int64_t out_channels) {
+  switch (s.op) {
+    case PlanOp::kConv:
+      if (far_weights(s.kernel * s.kernel * in_channels, out_channels)) return Tiles::kOther;
+      return to_one(s, in_channels, out_channels) ? Tiles::kRows : Tiles::kPixels;
+    case PlanOp::kDepthwise:
+    case PlanOp::kGroupAttention: return Tiles::kRows;
+    case PlanOp::kUpsample:
+    case PlanOp::kDeconv: return Tiles::kPairsOfRows;
+    case PlanOp::kMean:
+    case PlanOp::kSum:
+    case PlanOp::kMax:
+    case PlanOp::kMeanMax: return Tiles::kReduction;
+    case PlanOp::kWinograd:
+    case PlanOp::kStack:
+    case PlanOp::kBand:
+    case PlanOp::kGroupSoftmax:
+    case PlanOp::kMeanOfColumns:
+    case PlanOp::kCoordinateMean: return Tiles::kOther;
+    default: return Tiles::kPixels;
+  }
+}
+
+// Whether each pixel of the result needs only the same pixel of the maps (and gates of one pixel).
+bool by_pixel(const PlanStep& s) {
+  switch (s.op) {
+    case PlanOp::kConv: return s.kernel == 1 && s.stride == 1 && s.padding == 0;
+    case PlanOp::kConvBf16:
+    case PlanOp::kConvInt8:
+    case PlanOp::kScale:
+    case PlanOp::kActivate:
+    case PlanOp::kInterleave:
+    case PlanOp::kChannelStats:
+    case PlanOp::kScalePixels:
+    case PlanOp::kShuffle:
+    case PlanOp::kMean:
+    case PlanOp::kSum:
+    case PlanOp::kMax:
+    case PlanOp::kMeanMax: return true;
+    case PlanOp::kAdd: return s.factor == 1 && (s.gate < 0 || s.kernel == 1);
+    case PlanOp::kMultiply:
+    case PlanOp::kCopy: return s.factor == 1;
+    default: return false;
+  }
+}
+
+// Steps that can follow each other tile by tile, without waiting for other tiles: they make maps of one size, the last
+// may reduce one, and of what an earlier one made each reads the pixels of its own tile only. Between groups threads
+// wait for each other.
+struct Groups {
+  const Plan& plan;
+  int64_t height = 0, width = 0;
+  bool open = false;
+  std::vector<int64_t> made{};  // bases
+
+  // Whether step `s` joins the group before it; otherwise it begins one.
+  bool joins(const PlanStep& s, const PlanMap& in, const PlanMap& out) {
+    const Tiles tiles = tiles_of(s, in.channels, out.channels);
+    const PlanMap& size = tiles == Tiles::kReduction ? in : out;
+    const auto inside = [&](int64_t m) {
+      return m >= 0 && std::count(made.begin(), made.end(), plan.base[static_cast<size_t>(m)]) > 0;
+    };
+    const bool reads = inside(s.in) || inside(s.other) || inside(s.gate) || inside(s.second);
+    const bool joined = open && tiles != Tiles::kOther && size.height == height && size.width == width &&
+                        (!reads || by_pixel(s));
+    if (!joined) {
+      made.clear();
+      height = size.height;
+      width = size.width;
+    }
+    made.push_back(plan.base[static_cast<size_t>(s.out)]);
+    open = tiles != Tiles::kOther && tiles != Tiles::kReduction;
+    return joined;
+  }
+};
+
 // Sizes of all maps for input images of height x width, and their places: a map takes the first gap that is free from
-// the first step that writes to it to the last that reads it.
+// the group of the first step that writes to it to that of the last that reads it; if it can, one that a map of the same
+// size had before, whose halves are in the caches of the same threads.
 Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
   Layout l;
   l.maps.resize(plan.channels.size());
@@ -261,18 +343,32 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     int64_t begin, end, map;
   };
   std::vector<Used> used;  // sorted by begin
+  std::vector<Used> places;
   const auto place = [&](int64_t m) {
     const PlanMap& map = l.maps[static_cast<size_t>(m)];
     check_product(map.height, map.width, map.stride);
     const int64_t size = ceil_div(map.pixels() * map.stride, 16) * 16;
     int64_t begin = 0;
     size_t at = 0;
-    for (; at < used.size() && used[at].begin - begin < size; ++at) begin = used[at].end;
+    const auto free = [&](const Used& past) {
+      return past.end - past.begin == size && std::none_of(used.begin(), used.end(), [&](const Used& other) {
+               return other.begin < past.end && past.begin < other.end;
+             });
+    };
+    const auto again = std::find_if(places.begin(), places.end(), free);
+    if (again != places.end()) {
+      begin = again->begin;
+      while (at < used.size() && used[at].begin < begin) ++at;
+    } else {
+      for (; at < used.size() && used[at].begin - begin < size; ++at) begin = used[at].end;
+      places.push_back({begin, begin + size, m});
+    }
     used.insert(used.begin() + static_cast<std::ptrdiff_t>(at), {begin, begin + size, m});
     l.offset[static_cast<size_t>(m)] = begin;
     l.floats = std::max(l.floats, begin + size);
   };
   place(plan.input);
+  Groups groups{plan};
   const auto sized = [&](int64_t m) -> const PlanMap& {  // a map that has been written to
     const PlanMap& base = l.maps[static_cast<size_t>(plan.base[static_cast<size_t>(m)])];
     PlanMap& map = l.maps[static_cast<size_t>(m)];
@@ -376,6 +472,18 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     if (s.op == PlanOp::kDepthwise && s.gate >= 0) {
       l.gather = std::max(l.gather, s.kernel * s.kernel * ceil_div(out.channels, kPad) * kPad);
     }
+    if (groups.joins(s, in, out)) {
+      for (size_t j = i; j-- > 0 && l.group_end[j] == i;) l.group_end[j] = i + 1;
+    } else {
+      for (size_t u = used.size(); u-- > 0;) {
+        const int64_t last = plan.last_use[static_cast<size_t>(used[u].map)];
+        if (last < static_cast<int64_t>(i)) used.erase(used.begin() + static_cast<std::ptrdiff_t>(u));
+      }
+    }
+    l.group_end.push_back(i + 1);
+    if (tiles_of(s, in.channels, out.channels) == Tiles::kReduction) {
+      l.reduced = std::max(l.reduced, ceil_div(in.channels, kPad) * kPad);
+    }
     const int64_t base = plan.base[static_cast<size_t>(s.out)];
     PlanMap& whole = l.maps[static_cast<size_t>(base)];
     if (l.offset[static_cast<size_t>(base)] < 0) {
@@ -385,10 +493,6 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     }
     FASTPOSE_CHECK(whole.height == out.height && whole.width == out.width, "run_plan: images of ", height, " x ", width,
                    " give maps of different sizes in step ", i);
-    for (size_t u = used.size(); u-- > 0;) {
-      const int64_t last = plan.last_use[static_cast<size_t>(used[u].map)];
-      if (last <= static_cast<int64_t>(i)) used.erase(used.begin() + static_cast<std::ptrdiff_t>(u));
-    }
   }
   for (size_t m = 0; m < l.maps.size(); ++m) {
     const size_t base = static_cast<size_t>(plan.base[m]);
@@ -456,7 +560,18 @@ int64_t cycles(const PlanTask& t) {
     default: return (numbers + read) / 4;
   }
 }
-constexpr int64_t kWorthSharing = 8000;  // cycles; handing work over costs some hundreds
+constexpr int64_t kWorthSharing = 4000;  // cycles; handing work over costs some hundreds
+// Cycles of a thread's share from which it is cut into several tiles, at most four, so that one who is interrupted does
+// not hold up the others for long.
+constexpr int64_t kLongTile = 100000;
+
+// The most tiles an instruction is cut into.
+int64_t most_tiles(int64_t threads) { return threads == 1 ? 1 : 4 * threads; }
+
+// Numbers in the block of memory of one image.
+int64_t arena_floats(const Layout& l, int64_t threads) {
+  return l.floats + kPad + (threads == 1 ? 0 : 2 * most_tiles(threads) * l.reduced);
+}
 
 // The steps on the maps of one image whose block of memory is `arena`, cut for `threads`.
 void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads, std::vector<PlanTask>& tasks) {
@@ -470,44 +585,63 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
   };
   tasks.clear();
   for (const PlanStep& s : plan.steps) {
-    PlanTask t{&s,
-               map(s.in),
-               map(s.other),
-               map(s.gate),
-               map(s.second),
-               map(s.out),
-               plan.weights + std::max<int64_t>(s.weight, 0),
-               plan.weights + std::max<int64_t>(s.bias, 0),
-               1,
-               0};
-    int64_t rows = t.out.pixels(), unit = 12;
-    if (s.op == PlanOp::kConv && to_one(s, t.in.channels, t.out.channels)) unit = t.out.width;
-    // as many pixels as large weights are used for at a time, unless some threads would get none
-    if (s.op == PlanOp::kConv && far_weights(s.kernel * s.kernel * t.in.channels, t.out.channels)) {
-      unit = std::min(ceil_div(ceil_div(rows, threads), unit) * unit, kFarRows);
+    tasks.push_back({&s, map(s.in), map(s.other), map(s.gate), map(s.second), map(s.out),
+                     plan.weights + std::max<int64_t>(s.weight, 0), plan.weights + std::max<int64_t>(s.bias, 0), 1, 0,
+                     nullptr});
+  }
+  for (size_t begin = 0, end; begin < tasks.size(); begin = end) {
+    end = l.group_end[begin];
+    int64_t work = 0;
+    for (size_t i = begin; i < end; ++i) work += cycles(tasks[i]);
+    const int64_t wanted =
+        threads == 1 || work < kWorthSharing ? 1 : std::clamp<int64_t>(work / (threads * kLongTile), 1, 4) * threads;
+    const auto cut = [&](PlanTask& t, int64_t rows, int64_t unit) {
+      t.tile_rows = ceil_div(ceil_div(rows, wanted), unit) * unit;
+      t.tiles = ceil_div(rows, t.tile_rows);
+    };
+    PlanTask& first = tasks[begin];
+    const PlanStep& s = *first.step;
+    const auto kind = [](const PlanTask& t) { return tiles_of(*t.step, t.in.channels, t.out.channels); };
+    if (kind(first) == Tiles::kOther) {
+      if (s.op == PlanOp::kConv) {
+        // as many pixels as large weights are used for at a time, unless some threads would get none
+        const int64_t rows = first.out.pixels();
+        cut(first, rows, std::min(ceil_div(ceil_div(rows, threads), kMostRows) * kMostRows, kFarRows));
+      } else if (s.op == PlanOp::kWinograd) {
+        // as many as the matrix product takes at once; half of them where every thread would not get that many
+        const int64_t rows = squares(first.out);
+        cut(first, rows, rows < threads * kSquares ? kSquares / 2 : kSquares);
+      } else if (s.op == PlanOp::kMeanOfColumns || s.op == PlanOp::kCoordinateMean) {
+        cut(first, first.in.channels, kPad);
+      } else {
+        first.tile_rows = 1;
+      }
+      continue;
     }
-    if (s.op == PlanOp::kDepthwise) rows = t.out.height, unit = 1;
-    // as many rows as the matrix product takes at once; half of them where every thread would not get that many
-    if (s.op == PlanOp::kWinograd) rows = squares(t.out), unit = rows < threads * kSquares ? kSquares / 2 : kSquares;
-    if (s.op == PlanOp::kUpsample || s.op == PlanOp::kDeconv) rows = t.in.height, unit = 1;
-    if (s.op == PlanOp::kGroupAttention) rows = t.out.height, unit = 1;
-    const bool reduces = s.op == PlanOp::kMean || s.op == PlanOp::kMax || s.op == PlanOp::kSum ||
-                         s.op == PlanOp::kMeanMax || s.op == PlanOp::kMeanOfColumns || s.op == PlanOp::kCoordinateMean;
-    if (reduces) rows = t.in.channels, unit = kPad;  // parts of the channels, each over all pixels
-    const bool whole = s.op == PlanOp::kStack || s.op == PlanOp::kBand || s.op == PlanOp::kGroupSoftmax;
-    if (whole) rows = unit = 1;
-    // four tiles per thread, so that one who was interrupted does not hold up the others for long
-    const int64_t wanted = threads == 1 || cycles(t) < kWorthSharing ? 1 : 4 * threads;
-    t.tile_rows = ceil_div(ceil_div(rows, wanted), unit) * unit;
-    t.tiles = ceil_div(rows, t.tile_rows);
-    tasks.push_back(t);
+    // a number of pixels that are whole rows, if rows are asked for, and that the matrix product takes without rest
+    const PlanMap& size = kind(first) == Tiles::kReduction ? first.in : first.out;
+    int64_t unit = 1;
+    for (size_t i = begin; i < end; ++i) {
+      if (kind(tasks[i]) == Tiles::kRows) unit = std::max(unit, size.width);
+      if (kind(tasks[i]) == Tiles::kPairsOfRows) unit = 2 * size.width;
+    }
+    const int64_t both = std::lcm(unit, kMostRows);
+    if (unit == 1 || both * wanted <= size.pixels()) unit = both;
+    for (size_t i = begin; i < end; ++i) {
+      PlanTask& t = tasks[i];
+      cut(t, size.pixels(), unit);
+      if (kind(t) == Tiles::kReduction && t.tiles > 1) t.partial = arena + l.floats + kPad;
+      if (kind(t) == Tiles::kRows && t.step->op != PlanOp::kConv) t.tile_rows /= size.width;
+      if (kind(t) == Tiles::kPairsOfRows) t.tile_rows /= 2 * size.width;
+    }
   }
 }
 
-// Instructions between two meetings of the threads: one that is cut into tiles, or several that one thread does alone.
+// Instructions between two meetings of the threads: a group, or several that one thread does alone.
 struct Section {
   size_t begin, end;
   int64_t tiles;
+  bool combines;  // whether the last one reduces what the tiles leave
 };
 // A section's tiles lie in as many parts as there are threads. Each thread begins with its own, which are of the same
 // pixels in most instructions, so that it finds in its cache what it wrote before, and then helps the others.
@@ -525,13 +659,14 @@ inline void relax() {
 #endif
 }
 
-void cut_sections(const std::vector<PlanTask>& tasks, std::vector<Section>& sections) {
+void cut_sections(const Layout& l, const std::vector<PlanTask>& tasks, std::vector<Section>& sections) {
   sections.clear();
-  for (size_t i = 0; i < tasks.size(); ++i) {
+  for (size_t i = 0; i < tasks.size(); i = l.group_end[i]) {
+    const size_t end = l.group_end[i];
     if (tasks[i].tiles == 1 && !sections.empty() && sections.back().tiles == 1) {
-      sections.back().end = i + 1;
+      sections.back().end = end;
     } else {
-      sections.push_back({i, i + 1, tasks[i].tiles});
+      sections.push_back({i, end, tasks[i].tiles, tasks[end - 1].partial != nullptr});
     }
   }
 }
@@ -608,7 +743,7 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
   std::atomic<int64_t> next{0};
   if (alone > 0) {
     parallel_for(threads, 1, [&](int64_t, int64_t) {
-      float* arena = scratch<float>(kArenaSlot, layout.floats + kPad);
+      float* arena = scratch<float>(kArenaSlot, arena_floats(layout, 1));
       float* gather = scratch<float>(kGatherSlot, layout.gather + kPad);
       thread_local std::vector<PlanTask> tasks;
       bind_maps(plan, layout, arena, 1, tasks);
@@ -620,14 +755,14 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
     });
   }
   if (alone < images) {
-    float* arena = scratch<float>(kArenaSlot, layout.floats + kPad);
+    float* arena = scratch<float>(kArenaSlot, arena_floats(layout, threads));
     thread_local std::vector<PlanTask> bound;
     thread_local std::vector<Section> cut;
     thread_local std::vector<Progress> made;
     std::vector<PlanTask>& tasks = bound;  // those of this thread, for all
     bind_maps(plan, layout, arena, threads, tasks);
     std::vector<Section>& sections = cut;
-    cut_sections(tasks, sections);
+    cut_sections(layout, tasks, sections);
     if (made.size() < sections.size()) made = std::vector<Progress>(sections.size());
     std::vector<Progress>& progress = made;
     for (int64_t image = alone; image < images; ++image) {
@@ -655,8 +790,16 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
               ++finished;
             }
           }
-          if (finished > 0) progress[i].done.fetch_add(finished, std::memory_order_release);
-          for (int spins = 0; progress[i].done.load(std::memory_order_acquire) < section.tiles; ++spins) {
+          std::atomic<int32_t>& done = progress[i].done;
+          if (finished > 0) {
+            const int32_t all = done.fetch_add(finished, std::memory_order_acq_rel) + finished;
+            if (section.combines && all == section.tiles) {
+              FASTPOSE_CALL(PlanLevel::combine, tasks[section.end - 1]);
+              done.fetch_add(1, std::memory_order_release);
+            }
+          }
+          const int64_t complete = section.tiles + section.combines;
+          for (int spins = 0; done.load(std::memory_order_acquire) < complete; ++spins) {
             spins < 500 ? relax() : static_cast<void>(sched_yield());
           }
         }

@@ -93,7 +93,9 @@ struct PlanTask {
   PlanMap in, other, gate, second, out;
   const float *weight, *bias;
   int64_t tiles;      // independent parts
-  int64_t tile_rows;  // output pixels, rows or channels per part
+  int64_t tile_rows;  // output pixels, rows or squares per part; of a reduction pixels of the map it reads
+  // of a reduction in several tiles: sums of every tile's pixels, padded, then maxima, see `combine`
+  float* partial;
 };
 
 // kGroupAttention works on bands of so many rows, copied with three pixels of zeros around them.

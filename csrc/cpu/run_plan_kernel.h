@@ -10,6 +10,7 @@ namespace FASTPOSE_ISA {
 
 // These levels have one product more than the one below each; the rest is there already.
 struct PlanLevel {
+  static void combine(const PlanTask& t) { avx512::PlanLevel::combine(t); }
   static void run(const PlanTask& t, int64_t tile, float* scratch) {
 #if FASTPOSE_BF16
     if (t.step->op == PlanOp::kConvBf16) return conv_bf16(t, tile, scratch);
@@ -38,6 +39,14 @@ namespace fastpose {
 namespace FASTPOSE_ISA {
 
 struct PlanLevel {
+  // What is left of a reduction when all its tiles are done.
+  static void combine(const PlanTask& t) {
+    switch (t.step->op) {
+      case PlanOp::kMax: return combine_tiles<false, true>(t);
+      case PlanOp::kMeanMax: return combine_tiles<true, true>(t);
+      default: return combine_tiles<true, false>(t);
+    }
+  }
   static void run(const PlanTask& t, int64_t tile, float* scratch) {
     switch (t.step->op) {
       case PlanOp::kConv:
@@ -46,10 +55,10 @@ struct PlanLevel {
       case PlanOp::kConvInt8: return conv_int8(t, tile, scratch);
       case PlanOp::kDepthwise: return depthwise(t, tile, scratch);
       case PlanOp::kUpsample: return upsample(t, tile);
-      case PlanOp::kMean: return reduce<true, false>(t, tile, 1.0f / static_cast<float>(t.in.pixels()));
-      case PlanOp::kSum: return reduce<true, false>(t, tile, 1.0f);
-      case PlanOp::kMax: return reduce<false, true>(t, tile, 1.0f);
-      case PlanOp::kMeanMax: return reduce<true, true>(t, tile, 1.0f / static_cast<float>(t.in.pixels()));
+      case PlanOp::kMean:
+      case PlanOp::kSum: return reduce<true, false>(t, tile);
+      case PlanOp::kMax: return reduce<false, true>(t, tile);
+      case PlanOp::kMeanMax: return reduce<true, true>(t, tile);
       case PlanOp::kMeanOfRows: return mean_of_rows(t, tile);
       case PlanOp::kMeanOfColumns: return mean_of_columns(t, tile);
       case PlanOp::kCoordinateMean: return coordinate_mean(t, tile);

@@ -1,8 +1,8 @@
 // Means, sums and maxima over pixels, rows, columns and channels, and the softmax of a few numbers.
 //
-// Blocking: over pixels a tile has some of the channels, four vectors at a time, with a running sum each; over channels
-// as many pixels as a vector has lanes, whose sums are put together lane by lane. Bound: reading the map once. With the
-// gate that follows (cpu/plan/pointwise.h) 91 % is reached at 160x32x24.
+// Blocking: over pixels four vectors at a time, with a running sum each, of all channels of a tile's pixels, which its
+// thread has written; over channels as many pixels as a vector has lanes, whose sums are put together lane by lane.
+// Bound: reading the map once. With the gate that follows (cpu/plan/pointwise.h) 91 % is reached at 160x32x24.
 
 namespace fastpose {
 namespace FASTPOSE_ISA {
@@ -11,23 +11,33 @@ namespace {
 // Numbers that are summed up before they are added to the total: the rounding of a sum grows with its length.
 constexpr int64_t kSummed = 256;
 
-// Mean, sum and maximum of kV vectors of channels from `c` on over all pixels. Four values run at a time, since one
+// What a reduction over all pixels makes of sum and maximum of a vector of channels from `c` on.
+template <bool kSum, bool kMaximum>
+FASTPOSE_INLINE void write_reduced(const PlanTask& t, int64_t c, V total, V most) {
+  const int64_t all = t.in.channels, first = kSum && kMaximum ? all : 0;  // channel of the first maximum
+  const float factor = t.step->op == PlanOp::kSum ? 1.0f : 1.0f / static_cast<float>(t.in.pixels());
+  if (kSum) put(t.out.data + c, apply(total * factor, t.step->act), (first > 0 ? all : t.out.room) - c);
+  if (kMaximum) put(t.out.data + first + c, apply(most, t.step->act), t.out.room - first - c);
+}
+
+// Mean, sum and maximum of kV vectors of channels from `c` on over a tile's pixels. Four values run at a time, since one
 // would wait for itself: of neighbouring vectors, which are read together, or of pixels in turn.
 template <bool kSum, bool kMaximum, int kV>
-FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t c, float factor) {
+FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t tile, int64_t c) {
   constexpr int kTurns = 4 / kV;
   constexpr int64_t kPixelsAhead = 16;
-  const int64_t pixels = t.in.pixels(), stride = t.in.stride, all = t.in.channels;
+  const Range pixels = range_of(t, tile, t.in.pixels());
+  const int64_t stride = t.in.stride;
   const float* in = t.in.data + c;
-  const bool far = kV > 1 && pixels * stride > kFar;
+  const bool far = kV > 1 && t.in.pixels() * stride > kFar;
   V total[kV]{}, most[4]{};
   if (kMaximum) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) most[i] = load(in + i % kV * kL);
+    for (int i = 0; i < 4; ++i) most[i] = load(in + pixels.begin * stride + i % kV * kL);
   }
-  int64_t p = 0;
-  for (int64_t end = 0; end < pixels;) {
-    end = std::min(end + kSummed, pixels);
+  int64_t p = pixels.begin;
+  for (int64_t end = p; end < pixels.end;) {
+    end = std::min(end + kSummed, pixels.end);
     V sum[4]{};
     for (; p + kTurns <= end; p += kTurns) {
 #pragma GCC unroll 4
@@ -51,27 +61,44 @@ FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t c, float factor) 
       total[v] += sum[v];
     }
   }
-  const int64_t first = kSum && kMaximum ? all : 0;  // channel of the first maximum
 #pragma GCC unroll 4
   for (int v = 0; v < kV; ++v) {
     const int64_t at = c + v * kL;
-    if (kSum) put(t.out.data + at, apply(total[v] * factor, t.step->act), (first > 0 ? all : t.out.room) - at);
-    if (kMaximum) {
-      V y = most[v];
+    V y = most[v];
 #pragma GCC unroll 4
-      for (int i = v + kV; i < 4; i += kV) y = larger(y, most[i]);
-      put(t.out.data + first + at, apply(y, t.step->act), t.out.room - first - at);
+    for (int i = v + kV; i < 4; i += kV) y = larger(y, most[i]);
+    if (t.partial == nullptr) {
+      write_reduced<kSum, kMaximum>(t, at, total[v], y);
+    } else {
+      float* partial = t.partial + 2 * tile * pad(t.in.channels) + at;
+      store(partial, total[v]);
+      store(partial + pad(t.in.channels), y);
     }
   }
 }
 
 // kMean, kSum, kMax and kMeanMax over all pixels. With both the sums end where the maxima begin.
 template <bool kSum, bool kMaximum>
-void reduce(const PlanTask& t, int64_t tile, float factor) {
-  const Range channels = range_of(t, tile, t.in.channels);
-  int64_t c = channels.begin;
-  for (; c + 4 * kL <= channels.end; c += 4 * kL) reduce_vectors<kSum, kMaximum, 4>(t, c, factor);
-  for (; c < channels.end; c += kL) reduce_vectors<kSum, kMaximum, 1>(t, c, factor);
+void reduce(const PlanTask& t, int64_t tile) {
+  const int64_t channels = t.in.channels;
+  int64_t c = 0;
+  for (; c + 4 * kL <= channels; c += 4 * kL) reduce_vectors<kSum, kMaximum, 4>(t, tile, c);
+  for (; c < channels; c += kL) reduce_vectors<kSum, kMaximum, 1>(t, tile, c);
+}
+
+// The same of what the tiles left, one after the other: the result does not depend on who did which.
+template <bool kSum, bool kMaximum>
+void combine_tiles(const PlanTask& t) {
+  const int64_t packed = pad(t.in.channels);
+  for (int64_t c = 0; c < t.in.channels; c += kL) {
+    V total = load(t.partial + c), most = load(t.partial + packed + c);
+    for (int64_t tile = 1; tile < t.tiles; ++tile) {
+      const float* partial = t.partial + 2 * tile * packed + c;
+      if (kSum) total += load(partial);
+      if (kMaximum) most = larger(most, load(partial + packed));
+    }
+    write_reduced<kSum, kMaximum>(t, c, total, most);
+  }
 }
 
 // The sum of value(0) ... value(count - 1): four running ones, since one would wait for itself.
