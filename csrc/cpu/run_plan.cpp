@@ -2,9 +2,11 @@
 // memory.
 //
 // With at least as many images as threads every thread takes whole images, so nothing waits and a thread's maps stay in
-// its own cache. With fewer, all threads work on one image: an instruction is cut into tiles, which threads claim one
-// by one, and the next begins when all are done. Whoever comes takes part: fewer threads than asked for, even one,
-// finish the work, so a nested or a busy pool cannot deadlock.
+// its own cache. With fewer, all threads work on one image. Either way instructions that need only their own pixels of
+// what the one before made form a group, which is cut into tiles: a tile passes through all of them while it is in a
+// cache. Threads begin with the tiles of their own part of the image and help the others when done; the next group
+// begins when all tiles are. Whoever comes takes part: fewer threads than asked for, even one, finish the work, so a
+// nested or a busy pool cannot deadlock.
 #include "cpu/run_plan.h"
 
 #include <sched.h>
@@ -46,7 +48,7 @@ struct Plan {
 struct Layout {
   std::vector<PlanMap> maps;
   std::vector<int64_t> offset;
-  std::vector<size_t> group_end;  // of the group that each step belongs to, see `Groups`
+  std::vector<size_t> group_end;                // of the group that each step belongs to, see `Groups`
   int64_t floats = 0, gather = 0, reduced = 0;  // the last: channels, padded, of the widest reduction
 };
 
@@ -305,8 +307,8 @@ struct Groups {
       return m >= 0 && std::count(made.begin(), made.end(), plan.base[static_cast<size_t>(m)]) > 0;
     };
     const bool reads = inside(s.in) || inside(s.other) || inside(s.gate) || inside(s.second);
-    const bool joined = open && tiles != Tiles::kOther && size.height == height && size.width == width &&
-                        (!reads || by_pixel(s));
+    const bool joined =
+        open && tiles != Tiles::kOther && size.height == height && size.width == width && (!reads || by_pixel(s));
     if (!joined) {
       made.clear();
       height = size.height;
@@ -319,8 +321,8 @@ struct Groups {
 };
 
 // Sizes of all maps for input images of height x width, and their places: a map takes the first gap that is free from
-// the group of the first step that writes to it to that of the last that reads it; if it can, one that a map of the same
-// size had before, whose halves are in the caches of the same threads.
+// the group of the first step that writes to it to that of the last that reads it; if it can, one that a map of the
+// same size had before, whose halves are in the caches of the same threads.
 Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
   Layout l;
   l.maps.resize(plan.channels.size());
@@ -564,14 +566,15 @@ constexpr int64_t kWorthSharing = 4000;  // cycles; handing work over costs some
 // Cycles of a thread's share from which it is cut into several tiles, at most four, so that one who is interrupted does
 // not hold up the others for long.
 constexpr int64_t kLongTile = 100000;
+// Bytes of the maps of a group from which it is cut further, so that what a tile leaves for the next instruction stays
+// in the cache of one core.
+constexpr int64_t kCached = 1 << 20;
 
-// The most tiles an instruction is cut into.
-int64_t most_tiles(int64_t threads) { return threads == 1 ? 1 : 4 * threads; }
+// The most tiles a group that ends with a reduction is cut into.
+int64_t most_tiles(int64_t threads) { return 4 * threads; }
 
 // Numbers in the block of memory of one image.
-int64_t arena_floats(const Layout& l, int64_t threads) {
-  return l.floats + kPad + (threads == 1 ? 0 : 2 * most_tiles(threads) * l.reduced);
-}
+int64_t arena_floats(const Layout& l, int64_t threads) { return l.floats + kPad + 2 * most_tiles(threads) * l.reduced; }
 
 // The steps on the maps of one image whose block of memory is `arena`, cut for `threads`.
 void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads, std::vector<PlanTask>& tasks) {
@@ -589,19 +592,27 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
                      plan.weights + std::max<int64_t>(s.weight, 0), plan.weights + std::max<int64_t>(s.bias, 0), 1, 0,
                      nullptr});
   }
+  const auto kind = [](const PlanTask& t) { return tiles_of(*t.step, t.in.channels, t.out.channels); };
+  const auto bytes_of = [](const PlanMap& m) { return m.pixels() * m.stride * static_cast<int64_t>(sizeof(float)); };
   for (size_t begin = 0, end; begin < tasks.size(); begin = end) {
     end = l.group_end[begin];
-    int64_t work = 0;
-    for (size_t i = begin; i < end; ++i) work += cycles(tasks[i]);
-    const int64_t wanted =
+    int64_t work = 0, bytes = bytes_of(tasks[begin].in);
+    for (size_t i = begin; i < end; ++i) {
+      work += cycles(tasks[i]);
+      bytes += bytes_of(tasks[i].out);
+    }
+    int64_t wanted =
         threads == 1 || work < kWorthSharing ? 1 : std::clamp<int64_t>(work / (threads * kLongTile), 1, 4) * threads;
+    if (end - begin > 1 && bytes > kCached) {
+      wanted = std::max(wanted, ceil_div(ceil_div(bytes, kCached), threads) * threads);
+      if (kind(tasks[end - 1]) == Tiles::kReduction) wanted = std::min(wanted, most_tiles(threads));
+    }
     const auto cut = [&](PlanTask& t, int64_t rows, int64_t unit) {
       t.tile_rows = ceil_div(ceil_div(rows, wanted), unit) * unit;
       t.tiles = ceil_div(rows, t.tile_rows);
     };
     PlanTask& first = tasks[begin];
     const PlanStep& s = *first.step;
-    const auto kind = [](const PlanTask& t) { return tiles_of(*t.step, t.in.channels, t.out.channels); };
     if (kind(first) == Tiles::kOther) {
       if (s.op == PlanOp::kConv) {
         // as many pixels as large weights are used for at a time, unless some threads would get none
@@ -669,6 +680,10 @@ void cut_sections(const Layout& l, const std::vector<PlanTask>& tasks, std::vect
       sections.push_back({i, end, tasks[i].tiles, tasks[end - 1].partial != nullptr});
     }
   }
+}
+
+void run_tile(const Section& section, const std::vector<PlanTask>& tasks, int64_t tile, float* gather) {
+  for (size_t i = section.begin; i < section.end; ++i) FASTPOSE_CALL(PlanLevel::run, tasks[i], tile, gather);
 }
 
 void read_image(const Tensor& x, int64_t image, const PlanMap& map) {
@@ -746,10 +761,15 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
       float* arena = scratch<float>(kArenaSlot, arena_floats(layout, 1));
       float* gather = scratch<float>(kGatherSlot, layout.gather + kPad);
       thread_local std::vector<PlanTask> tasks;
+      thread_local std::vector<Section> sections;
       bind_maps(plan, layout, arena, 1, tasks);
+      cut_sections(layout, tasks, sections);
       for (int64_t image; (image = next.fetch_add(1)) < alone;) {
         read_image(x, image, input(arena));
-        for (const PlanTask& t : tasks) FASTPOSE_CALL(PlanLevel::run, t, 0, gather);
+        for (const Section& section : sections) {
+          for (int64_t tile = 0; tile < section.tiles; ++tile) run_tile(section, tasks, tile, gather);
+          if (section.combines) FASTPOSE_CALL(PlanLevel::combine, tasks[section.end - 1]);
+        }
         write(arena, image);
       }
     });
@@ -784,9 +804,7 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
             while (first + next.load(std::memory_order_relaxed) < last) {
               const int64_t tile = first + next.fetch_add(1, std::memory_order_relaxed);
               if (tile >= last) break;
-              for (size_t j = section.begin; j < section.end; ++j) {
-                FASTPOSE_CALL(PlanLevel::run, tasks[j], tile, gather);
-              }
+              run_tile(section, tasks, tile, gather);
               ++finished;
             }
           }

@@ -20,8 +20,8 @@ FASTPOSE_INLINE void write_reduced(const PlanTask& t, int64_t c, V total, V most
   if (kMaximum) put(t.out.data + first + c, apply(most, t.step->act), t.out.room - first - c);
 }
 
-// Mean, sum and maximum of kV vectors of channels from `c` on over a tile's pixels. Four values run at a time, since one
-// would wait for itself: of neighbouring vectors, which are read together, or of pixels in turn.
+// Mean, sum and maximum of kV vectors of channels from `c` on over a tile's pixels. Four values run at a time, since
+// one would wait for itself: of neighbouring vectors, which are read together, or of pixels in turn.
 template <bool kSum, bool kMaximum, int kV>
 FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t tile, int64_t c) {
   constexpr int kTurns = 4 / kV;
