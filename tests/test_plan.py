@@ -554,6 +554,57 @@ def test_mobileposenet(threads):
         torch.set_num_threads(before)
 
 
+class Chained(nn.Module):
+    """Whatever may follow an instruction tile by tile, reductions after it, and what must wait for all tiles."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+        def conv(into: int, out: int, kernel: int = 1, groups: int = 1) -> nn.Module:
+            layer = nn.Conv2d(into, out, kernel, padding=kernel // 2, groups=groups, bias=False)
+            return nn.Sequential(layer, nn.BatchNorm2d(out))
+
+        half, twice = channels // 2, 2 * channels
+        self.stem = nn.Sequential(conv(3, channels, 3), nn.ReLU())
+        self.expand, self.spread = conv(channels, twice), conv(twice, twice, 5, twice)
+        self.less, self.more, self.narrow = nn.Conv2d(twice, 9, 1), nn.Conv2d(9, twice, 1), conv(twice, channels)
+        self.pixels = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.left, self.right = conv(half, half), conv(channels - half, channels - half, 3, channels - half)
+        self.attention, self.small, self.last = CBAM(channels), conv(channels, channels), conv(channels, 7)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.relu6(self.spread(F.hardswish(self.expand(x))))
+        y = y * self.more(F.relu(self.less(y.mean((2, 3), keepdim=True)))).sigmoid()
+        x = F.relu(self.narrow(y) + x)
+        x = x * self.pixels(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
+        half = self.pixels.in_channels * x.shape[1] // 4
+        x = channel_shuffle(torch.cat([self.left(x[:, :half]), F.relu(self.right(x[:, half:]))], 1), 2)
+        x = self.attention(x) + F.interpolate(self.small(F.avg_pool2d(x, 2)), scale_factor=2.0)
+        return self.last(x) * x.amax((2, 3), keepdim=True)[:, :7]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 17])
+@pytest.mark.parametrize("channels", [16, 22])
+def test_chained_instructions(channels, threads):
+    """Every cut of an image among threads, of more rows than tiles and of fewer; the largest one is cut for one too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        net = Chained(channels)
+        fast = compare(net, (1, 3, 2, 2), (1, 3, 2, 66), (1, 3, 34, 2), (1, 3, 30, 54), (2, 3, 150, 94), size=(32, 32))
+        x = torch.randn(1, 3, 150, 94)
+        with torch.no_grad():
+            clean = fast(x)
+            for _ in range(20):  # in whatever order tiles are done
+                assert torch.equal(fast(x), clean)
+            for strange in (float("nan"), float("inf")):  # in a tile that only one thread sees
+                x[0, 0, 149, 93] = strange
+                assert not fast(x).isfinite().any()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def test_every_instruction_set(level):
     code = "import tests.test_plan as t; [t.test_dense_convolution(*a) for a in ((3, 2, 1), (1, 2, 0))]; "
@@ -567,7 +618,7 @@ def test_every_instruction_set(level):
     code += "t.test_winograd(17, 40); t.test_transposed_dense_convolution(24); t.test_max_pooling(3, 2, 1); "
     code += "[t.test_multi_scale_attention(c) for c in (16, 32, 48)]; "
     code += "t.test_weights_beyond_the_cache(200, 170, 3, 2, 2); t.test_gates_left_to_convolutions(43, 'plus'); "
-    code += "t.test_sums_of_many_numbers(64, 512)"
+    code += "t.test_sums_of_many_numbers(64, 512); t.test_chained_instructions(22, 3)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FASTPOSE_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)},
