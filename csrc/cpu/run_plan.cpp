@@ -19,6 +19,7 @@
 #include <memory>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -241,7 +242,7 @@ void check_product(int64_t a, int64_t b, int64_t c) {
   FASTPOSE_CHECK(product < 0x1p44, "run_plan: a map of ", product, " numbers is too large");
 }
 
-// Which numbers of its result a tile of an instruction makes.
+// Which numbers of its result a tile of an instruction makes, or, of a reduction, reads.
 enum class Tiles { kPixels, kRows, kPairsOfRows, kReduction, kOther };
 
 Tiles tiles_of(const PlanStep& s, int64_t in_channels, int64_t out_channels) {
@@ -270,7 +271,7 @@ Tiles tiles_of(const PlanStep& s, int64_t in_channels, int64_t out_channels) {
 // Whether each pixel of the result needs only the same pixel of the maps (and gates of one pixel).
 bool by_pixel(const PlanStep& s) {
   switch (s.op) {
-    case PlanOp::kConv: return s.kernel == 1 && s.stride == 1 && s.padding == 0;
+    case PlanOp::kConv: return s.kernel == 1 && s.stride == 1;
     case PlanOp::kConvBf16:
     case PlanOp::kConvInt8:
     case PlanOp::kScale:
@@ -322,7 +323,7 @@ struct Groups {
 
 // Sizes of all maps for input images of height x width, and their places: a map takes the first gap that is free from
 // the group of the first step that writes to it to that of the last that reads it; if it can, one that a map of the
-// same size had before, whose halves are in the caches of the same threads.
+// same size had before, whose pixels are in the caches of the same threads.
 Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
   Layout l;
   l.maps.resize(plan.channels.size());
@@ -345,25 +346,26 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     int64_t begin, end, map;
   };
   std::vector<Used> used;  // sorted by begin
-  std::vector<Used> places;
+  std::vector<std::pair<int64_t, int64_t>> places;
   const auto place = [&](int64_t m) {
     const PlanMap& map = l.maps[static_cast<size_t>(m)];
     check_product(map.height, map.width, map.stride);
     const int64_t size = ceil_div(map.pixels() * map.stride, 16) * 16;
     int64_t begin = 0;
     size_t at = 0;
-    const auto free = [&](const Used& past) {
-      return past.end - past.begin == size && std::none_of(used.begin(), used.end(), [&](const Used& other) {
-               return other.begin < past.end && past.begin < other.end;
+    const auto free = [&](const auto& past) {
+      const auto [first, last] = past;
+      return last - first == size && std::none_of(used.begin(), used.end(), [=](const Used& other) {
+               return other.begin < last && first < other.end;
              });
     };
     const auto again = std::find_if(places.begin(), places.end(), free);
     if (again != places.end()) {
-      begin = again->begin;
+      begin = again->first;
       while (at < used.size() && used[at].begin < begin) ++at;
     } else {
       for (; at < used.size() && used[at].begin - begin < size; ++at) begin = used[at].end;
-      places.push_back({begin, begin + size, m});
+      places.push_back({begin, begin + size});
     }
     used.insert(used.begin() + static_cast<std::ptrdiff_t>(at), {begin, begin + size, m});
     l.offset[static_cast<size_t>(m)] = begin;
@@ -566,15 +568,67 @@ constexpr int64_t kWorthSharing = 4000;  // cycles; handing work over costs some
 // Cycles of a thread's share from which it is cut into several tiles, at most four, so that one who is interrupted does
 // not hold up the others for long.
 constexpr int64_t kLongTile = 100000;
-// Bytes of the maps of a group from which it is cut further, so that what a tile leaves for the next instruction stays
-// in the cache of one core.
+// Bytes of the maps of a group from which it is cut however long it takes, so that what a tile leaves for the next
+// instruction stays in the cache of one core.
 constexpr int64_t kCached = 1 << 20;
 
-// The most tiles a group that ends with a reduction is cut into.
-int64_t most_tiles(int64_t threads) { return 4 * threads; }
+// Cuts a group into tiles for `threads`.
+void cut_group(PlanTask* begin, PlanTask* end, int64_t threads) {
+  const auto kind = [](const PlanTask& t) { return tiles_of(*t.step, t.in.channels, t.out.channels); };
+  const auto numbers = [](const PlanMap& m) { return m.pixels() * m.channels; };
+  int64_t work = 0, bytes = numbers(begin->in) * static_cast<int64_t>(sizeof(float));
+  for (const PlanTask* t = begin; t < end; ++t) {
+    work += cycles(*t);
+    bytes += numbers(t->out) * static_cast<int64_t>(sizeof(float));
+  }
+  int64_t wanted =
+      threads == 1 || work < kWorthSharing ? 1 : std::clamp<int64_t>(work / (threads * kLongTile), 1, 4) * threads;
+  if (end - begin > 1 && bytes > kCached) {
+    wanted = std::max(wanted, ceil_div(ceil_div(bytes, kCached), threads) * threads);
+  }
+  int64_t rows = 1, unit = 1;
+  const PlanStep& s = *begin->step;
+  if (kind(*begin) != Tiles::kOther) {
+    const PlanMap& size = kind(*begin) == Tiles::kReduction ? begin->in : begin->out;
+    rows = size.pixels();
+    for (const PlanTask* t = begin; t < end; ++t) {
+      if (kind(*t) == Tiles::kRows) unit = std::lcm(unit, size.width);
+      if (kind(*t) == Tiles::kPairsOfRows) unit = std::lcm(unit, 2 * size.width);
+    }
+    // what the matrix product takes without rest, unless that shares the pixels less evenly
+    const int64_t both = std::lcm(unit, kMostRows);
+    const auto share = [&](int64_t u) { return ceil_div(ceil_div(rows, u), threads) * u; };
+    if (10 * share(both) <= 11 * share(unit)) unit = both;
+    if (kind(end[-1]) == Tiles::kReduction) {
+      const ReducedParts parts(size);
+      unit = parts.unit;
+      const bool even = std::has_single_bit(static_cast<uint64_t>(threads)) || wanted == 1;
+      wanted =
+          std::min(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(even ? wanted : 2 * wanted))), parts.count);
+    }
+  } else if (s.op == PlanOp::kConv) {
+    // as many pixels as large weights are used for at a time, unless some threads would get none
+    rows = begin->out.pixels();
+    unit = std::min(ceil_div(ceil_div(rows, threads), kMostRows) * kMostRows, kFarRows);
+  } else if (s.op == PlanOp::kWinograd) {
+    // as many as the matrix product takes at once; half of them where every thread would not get that many
+    rows = squares(begin->out);
+    unit = rows < threads * kSquares ? kSquares / 2 : kSquares;
+  } else if (s.op == PlanOp::kMeanOfColumns || s.op == PlanOp::kCoordinateMean) {
+    rows = begin->in.channels;
+    unit = kPad;
+  }
+  for (PlanTask* t = begin; t < end; ++t) {
+    t->units = ceil_div(rows, unit);
+    t->tiles = std::min(wanted, t->units);
+    t->unit = unit;
+    if (kind(*t) == Tiles::kRows && t->step->op != PlanOp::kConv) t->unit = unit / t->out.width;
+    if (kind(*t) == Tiles::kPairsOfRows) t->unit = unit / (2 * t->out.width);
+  }
+}
 
-// Numbers in the block of memory of one image.
-int64_t arena_floats(const Layout& l, int64_t threads) { return l.floats + kPad + 2 * most_tiles(threads) * l.reduced; }
+// Numbers in the block of memory of one image: the maps, some that are read behind them, and the parts of a reduction.
+int64_t arena_floats(const Layout& l) { return l.floats + kPad + 2 * kReducedParts * l.reduced; }
 
 // The steps on the maps of one image whose block of memory is `arena`, cut for `threads`.
 void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads, std::vector<PlanTask>& tasks) {
@@ -589,62 +643,11 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
   tasks.clear();
   for (const PlanStep& s : plan.steps) {
     tasks.push_back({&s, map(s.in), map(s.other), map(s.gate), map(s.second), map(s.out),
-                     plan.weights + std::max<int64_t>(s.weight, 0), plan.weights + std::max<int64_t>(s.bias, 0), 1, 0,
-                     nullptr});
+                     plan.weights + std::max<int64_t>(s.weight, 0), plan.weights + std::max<int64_t>(s.bias, 0), 1, 1,
+                     1, arena + l.floats + kPad});
   }
-  const auto kind = [](const PlanTask& t) { return tiles_of(*t.step, t.in.channels, t.out.channels); };
-  const auto bytes_of = [](const PlanMap& m) { return m.pixels() * m.stride * static_cast<int64_t>(sizeof(float)); };
-  for (size_t begin = 0, end; begin < tasks.size(); begin = end) {
-    end = l.group_end[begin];
-    int64_t work = 0, bytes = bytes_of(tasks[begin].in);
-    for (size_t i = begin; i < end; ++i) {
-      work += cycles(tasks[i]);
-      bytes += bytes_of(tasks[i].out);
-    }
-    int64_t wanted =
-        threads == 1 || work < kWorthSharing ? 1 : std::clamp<int64_t>(work / (threads * kLongTile), 1, 4) * threads;
-    if (end - begin > 1 && bytes > kCached) {
-      wanted = std::max(wanted, ceil_div(ceil_div(bytes, kCached), threads) * threads);
-      if (kind(tasks[end - 1]) == Tiles::kReduction) wanted = std::min(wanted, most_tiles(threads));
-    }
-    const auto cut = [&](PlanTask& t, int64_t rows, int64_t unit) {
-      t.tile_rows = ceil_div(ceil_div(rows, wanted), unit) * unit;
-      t.tiles = ceil_div(rows, t.tile_rows);
-    };
-    PlanTask& first = tasks[begin];
-    const PlanStep& s = *first.step;
-    if (kind(first) == Tiles::kOther) {
-      if (s.op == PlanOp::kConv) {
-        // as many pixels as large weights are used for at a time, unless some threads would get none
-        const int64_t rows = first.out.pixels();
-        cut(first, rows, std::min(ceil_div(ceil_div(rows, threads), kMostRows) * kMostRows, kFarRows));
-      } else if (s.op == PlanOp::kWinograd) {
-        // as many as the matrix product takes at once; half of them where every thread would not get that many
-        const int64_t rows = squares(first.out);
-        cut(first, rows, rows < threads * kSquares ? kSquares / 2 : kSquares);
-      } else if (s.op == PlanOp::kMeanOfColumns || s.op == PlanOp::kCoordinateMean) {
-        cut(first, first.in.channels, kPad);
-      } else {
-        first.tile_rows = 1;
-      }
-      continue;
-    }
-    // a number of pixels that are whole rows, if rows are asked for, and that the matrix product takes without rest
-    const PlanMap& size = kind(first) == Tiles::kReduction ? first.in : first.out;
-    int64_t unit = 1;
-    for (size_t i = begin; i < end; ++i) {
-      if (kind(tasks[i]) == Tiles::kRows) unit = std::max(unit, size.width);
-      if (kind(tasks[i]) == Tiles::kPairsOfRows) unit = 2 * size.width;
-    }
-    const int64_t both = std::lcm(unit, kMostRows);
-    if (unit == 1 || both * wanted <= size.pixels()) unit = both;
-    for (size_t i = begin; i < end; ++i) {
-      PlanTask& t = tasks[i];
-      cut(t, size.pixels(), unit);
-      if (kind(t) == Tiles::kReduction && t.tiles > 1) t.partial = arena + l.floats + kPad;
-      if (kind(t) == Tiles::kRows && t.step->op != PlanOp::kConv) t.tile_rows /= size.width;
-      if (kind(t) == Tiles::kPairsOfRows) t.tile_rows /= 2 * size.width;
-    }
+  for (size_t i = 0; i < tasks.size(); i = l.group_end[i]) {
+    cut_group(tasks.data() + i, tasks.data() + l.group_end[i], threads);
   }
 }
 
@@ -652,10 +655,11 @@ void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads,
 struct Section {
   size_t begin, end;
   int64_t tiles;
-  bool combines;  // whether the last one reduces what the tiles leave
+  bool combines;  // whether the last one is a reduction, of which every tile leaves parts
 };
-// A section's tiles lie in as many parts as there are threads. Each thread begins with its own, which are of the same
-// pixels in most instructions, so that it finds in its cache what it wrote before, and then helps the others.
+// A section's tiles lie in as many parts as there are threads, up to kParts. Each thread begins with its own, which are
+// of the same pixels in most instructions, so that it finds in its cache what it wrote before, and then helps the
+// others.
 constexpr int64_t kParts = 15;
 struct alignas(64) Progress {
   std::atomic<int32_t> done{0}, next[kParts]{};
@@ -677,7 +681,9 @@ void cut_sections(const Layout& l, const std::vector<PlanTask>& tasks, std::vect
     if (tasks[i].tiles == 1 && !sections.empty() && sections.back().tiles == 1) {
       sections.back().end = end;
     } else {
-      sections.push_back({i, end, tasks[i].tiles, tasks[end - 1].partial != nullptr});
+      const PlanTask& last = tasks[end - 1];
+      const bool reduces = tiles_of(*last.step, last.in.channels, last.out.channels) == Tiles::kReduction;
+      sections.push_back({i, end, last.tiles, reduces && last.tiles > 1});
     }
   }
 }
@@ -758,7 +764,7 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
   std::atomic<int64_t> next{0};
   if (alone > 0) {
     parallel_for(threads, 1, [&](int64_t, int64_t) {
-      float* arena = scratch<float>(kArenaSlot, arena_floats(layout, 1));
+      float* arena = scratch<float>(kArenaSlot, arena_floats(layout));
       float* gather = scratch<float>(kGatherSlot, layout.gather + kPad);
       thread_local std::vector<PlanTask> tasks;
       thread_local std::vector<Section> sections;
@@ -775,7 +781,7 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
     });
   }
   if (alone < images) {
-    float* arena = scratch<float>(kArenaSlot, arena_floats(layout, threads));
+    float* arena = scratch<float>(kArenaSlot, arena_floats(layout));
     thread_local std::vector<PlanTask> bound;
     thread_local std::vector<Section> cut;
     thread_local std::vector<Progress> made;

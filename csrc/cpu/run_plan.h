@@ -7,6 +7,8 @@
 // are written in place and slices read in place.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 
 namespace fastpose {
@@ -92,10 +94,24 @@ struct PlanTask {
   const PlanStep* step;
   PlanMap in, other, gate, second, out;
   const float *weight, *bias;
-  int64_t tiles;      // independent parts
-  int64_t tile_rows;  // output pixels, rows or squares per part; of a reduction pixels of the map it reads
-  // of a reduction in several tiles: sums of every tile's pixels, padded, then maxima, see `combine`
-  float* partial;
+  int64_t tiles;  // independent parts, about as many units each
+  // output pixels, rows, squares or channels; of a reduction pixels of the map it reads; the last unit may have fewer
+  int64_t units, unit;
+  float* partial;  // for reductions: sums of each of their parts, padded, then maxima
+};
+
+// A reduction over all pixels reduces parts of them first, then pairs of parts, then pairs of those, and so on. A tile
+// is of as many parts as are put together in one of these, so the result does not depend on the number of tiles.
+constexpr int64_t kReducedParts = 16;
+struct ReducedParts {
+  int64_t unit, units, count;  // pixels of a unit, whole rows; units; parts
+  explicit ReducedParts(const PlanMap& in) {
+    const int64_t rows = in.height % 2 == 0 ? 2 : 1;  // two, as an upsampling before it needs
+    unit = rows * in.width;
+    units = in.height / rows;
+    count = std::min(kReducedParts, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(units))));
+  }
+  int64_t begin(int64_t part) const { return part * units / count * unit; }
 };
 
 // kGroupAttention works on bands of so many rows, copied with three pixels of zeros around them.

@@ -70,8 +70,8 @@ struct Range {
   int64_t begin, end;
 };
 FASTPOSE_INLINE Range range_of(const PlanTask& t, int64_t tile, int64_t all) {
-  const int64_t begin = tile * t.tile_rows;
-  return {begin, begin + t.tile_rows < all ? begin + t.tile_rows : all};
+  const int64_t begin = tile * t.units / t.tiles * t.unit, end = (tile + 1) * t.units / t.tiles * t.unit;
+  return {begin, end < all ? end : all};
 }
 
 FASTPOSE_INLINE IntVec<float> lane_numbers() {

@@ -1,8 +1,9 @@
 // Means, sums and maxima over pixels, rows, columns and channels, and the softmax of a few numbers.
 //
-// Blocking: over pixels four vectors at a time, with a running sum each, of all channels of a tile's pixels, which its
-// thread has written; over channels as many pixels as a vector has lanes, whose sums are put together lane by lane.
-// Bound: reading the map once. With the gate that follows (cpu/plan/pointwise.h) 91 % is reached at 160x32x24.
+// Blocking: over pixels four vectors at a time, with a running sum each, of all channels of a sixteenth of the pixels,
+// which lie in a cache if the same tile has written them; over channels as many pixels as a vector has lanes, whose
+// sums are put together lane by lane. Bound: reading the map once. With the gate that follows (cpu/plan/pointwise.h) 91
+// % is reached at 160x32x24.
 
 namespace fastpose {
 namespace FASTPOSE_ISA {
@@ -20,13 +21,14 @@ FASTPOSE_INLINE void write_reduced(const PlanTask& t, int64_t c, V total, V most
   if (kMaximum) put(t.out.data + first + c, apply(most, t.step->act), t.out.room - first - c);
 }
 
-// Mean, sum and maximum of kV vectors of channels from `c` on over a tile's pixels. Four values run at a time, since
+// Sum and maximum of kV vectors of channels from `c` on over a part of the pixels. Four values run at a time, since
 // one would wait for itself: of neighbouring vectors, which are read together, or of pixels in turn.
 template <bool kSum, bool kMaximum, int kV>
-FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t tile, int64_t c) {
+FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t part, int64_t c) {
   constexpr int kTurns = 4 / kV;
   constexpr int64_t kPixelsAhead = 16;
-  const Range pixels = range_of(t, tile, t.in.pixels());
+  const ReducedParts parts(t.in);
+  const Range pixels{parts.begin(part), parts.begin(part + 1)};
   const int64_t stride = t.in.stride;
   const float* in = t.in.data + c;
   const bool far = kV > 1 && t.in.pixels() * stride > kFar;
@@ -63,42 +65,53 @@ FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t tile, int64_t c) 
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kV; ++v) {
-    const int64_t at = c + v * kL;
     V y = most[v];
 #pragma GCC unroll 4
     for (int i = v + kV; i < 4; i += kV) y = larger(y, most[i]);
-    if (t.partial == nullptr) {
-      write_reduced<kSum, kMaximum>(t, at, total[v], y);
-    } else {
-      float* partial = t.partial + 2 * tile * pad(t.in.channels) + at;
-      store(partial, total[v]);
-      store(partial + pad(t.in.channels), y);
+    float* partial = t.partial + 2 * part * pad(t.in.channels) + c + v * kL;
+    if (kSum) store(partial, total[v]);
+    if (kMaximum) store(partial + pad(t.in.channels), y);
+  }
+}
+
+// Puts parts `begin` to `end` together in pairs, then those pairs, and so on; every `step`-th holds what was put
+// together before.
+template <bool kSum, bool kMaximum>
+void join_parts(const PlanTask& t, int64_t begin, int64_t end, int64_t step) {
+  const int64_t packed = pad(t.in.channels);
+  for (; step < end - begin; step *= 2) {
+    for (int64_t part = begin; part < end; part += 2 * step) {
+      float* into = t.partial + 2 * part * packed;
+      const float* other = into + 2 * step * packed;
+      for (int64_t c = 0; c < t.in.channels; c += kL) {
+        if (kSum) store(into + c, load(into + c) + load(other + c));
+        if (kMaximum) store(into + packed + c, larger(load(into + packed + c), load(other + packed + c)));
+      }
     }
   }
 }
 
-// kMean, kSum, kMax and kMeanMax over all pixels. With both the sums end where the maxima begin.
-template <bool kSum, bool kMaximum>
-void reduce(const PlanTask& t, int64_t tile) {
-  const int64_t channels = t.in.channels;
-  int64_t c = 0;
-  for (; c + 4 * kL <= channels; c += 4 * kL) reduce_vectors<kSum, kMaximum, 4>(t, tile, c);
-  for (; c < channels; c += kL) reduce_vectors<kSum, kMaximum, 1>(t, tile, c);
-}
-
-// The same of what the tiles left, one after the other: the result does not depend on who did which.
+// What the tiles left. With both mean and maximum the means end where the maxima begin.
 template <bool kSum, bool kMaximum>
 void combine_tiles(const PlanTask& t) {
-  const int64_t packed = pad(t.in.channels);
+  const int64_t count = ReducedParts(t.in).count;
+  join_parts<kSum, kMaximum>(t, 0, count, count / t.tiles);
   for (int64_t c = 0; c < t.in.channels; c += kL) {
-    V total = load(t.partial + c), most = load(t.partial + packed + c);
-    for (int64_t tile = 1; tile < t.tiles; ++tile) {
-      const float* partial = t.partial + 2 * tile * packed + c;
-      if (kSum) total += load(partial);
-      if (kMaximum) most = larger(most, load(partial + packed));
-    }
-    write_reduced<kSum, kMaximum>(t, c, total, most);
+    write_reduced<kSum, kMaximum>(t, c, load(t.partial + c), load(t.partial + pad(t.in.channels) + c));
   }
+}
+
+// kMean, kSum, kMax and kMeanMax over all pixels, the parts of a tile; the only tile finishes the work.
+template <bool kSum, bool kMaximum>
+void reduce(const PlanTask& t, int64_t tile) {
+  const int64_t channels = t.in.channels, parts = ReducedParts(t.in).count / t.tiles;
+  for (int64_t part = tile * parts; part < (tile + 1) * parts; ++part) {
+    int64_t c = 0;
+    for (; c + 4 * kL <= channels; c += 4 * kL) reduce_vectors<kSum, kMaximum, 4>(t, part, c);
+    for (; c < channels; c += kL) reduce_vectors<kSum, kMaximum, 1>(t, part, c);
+  }
+  join_parts<kSum, kMaximum>(t, tile * parts, (tile + 1) * parts, 1);
+  if (t.tiles == 1) combine_tiles<kSum, kMaximum>(t);
 }
 
 // The sum of value(0) ... value(count - 1): four running ones, since one would wait for itself.
