@@ -514,6 +514,7 @@ struct Prepared {
   int64_t weights = 0, height = 0, width = 0;
   Plan plan;
   Layout layout;
+  int64_t number = 0;  // of the layout, which no other has
 };
 constexpr size_t kPrepared = 4;  // networks taken in turn, a detector's and a few pose networks, say
 
@@ -544,6 +545,8 @@ const Prepared& prepare(const Tensor& program, const Tensor& weights, int64_t he
   if (p.height != height || p.width != width) {
     p.height = 0;
     p.layout = lay_out(p.plan, height, width);
+    static std::atomic<int64_t> layouts{0};
+    p.number = ++layouts;
     p.height = height;
     p.width = width;
   }
@@ -630,27 +633,6 @@ void cut_group(PlanTask* begin, PlanTask* end, int64_t threads) {
 // Numbers in the block of memory of one image: the maps, some that are read behind them, and the parts of a reduction.
 int64_t arena_floats(const Layout& l) { return l.floats + kPad + 2 * kReducedParts * l.reduced; }
 
-// The steps on the maps of one image whose block of memory is `arena`, cut for `threads`.
-void bind_maps(const Plan& plan, const Layout& l, float* arena, int64_t threads, std::vector<PlanTask>& tasks) {
-  const auto map = [&](int64_t m) {
-    PlanMap result;
-    if (m >= 0) {
-      result = l.maps[static_cast<size_t>(m)];
-      result.data = arena + l.offset[static_cast<size_t>(m)];
-    }
-    return result;
-  };
-  tasks.clear();
-  for (const PlanStep& s : plan.steps) {
-    tasks.push_back({&s, map(s.in), map(s.other), map(s.gate), map(s.second), map(s.out),
-                     plan.weights + std::max<int64_t>(s.weight, 0), plan.weights + std::max<int64_t>(s.bias, 0), 1, 1,
-                     1, arena + l.floats + kPad});
-  }
-  for (size_t i = 0; i < tasks.size(); i = l.group_end[i]) {
-    cut_group(tasks.data() + i, tasks.data() + l.group_end[i], threads);
-  }
-}
-
 // Instructions between two meetings of the threads: a group, or several that one thread does alone.
 struct Section {
   size_t begin, end;
@@ -674,19 +656,51 @@ inline void relax() {
 #endif
 }
 
-void cut_sections(const Layout& l, const std::vector<PlanTask>& tasks, std::vector<Section>& sections) {
-  sections.clear();
-  for (size_t i = 0; i < tasks.size(); i = l.group_end[i]) {
-    const size_t end = l.group_end[i];
-    if (tasks[i].tiles == 1 && !sections.empty() && sections.back().tiles == 1) {
-      sections.back().end = end;
-    } else {
-      const PlanTask& last = tasks[end - 1];
-      const bool reduces = tiles_of(*last.step, last.in.channels, last.out.channels) == Tiles::kReduction;
-      sections.push_back({i, end, last.tiles, reduces && last.tiles > 1});
+// The steps on the maps of one image whose block of memory is `arena`, cut for `threads`.
+struct Bound {
+  std::vector<PlanTask> tasks;
+  std::vector<Section> sections;
+  int64_t number = 0, threads = 0;
+  const float *weights = nullptr, *arena = nullptr;
+
+  // Does nothing if the last call was the same, as it mostly is: for small images this takes a percent of the time.
+  void bind(const Prepared& prepared, float* block, int64_t team) {
+    const Plan& plan = prepared.plan;
+    const Layout& l = prepared.layout;
+    if (number == prepared.number && threads == team && weights == plan.weights && arena == block) return;
+    number = 0;  // should memory not suffice
+    const auto map = [&](int64_t m) {
+      PlanMap result;
+      if (m >= 0) {
+        result = l.maps[static_cast<size_t>(m)];
+        result.data = block + l.offset[static_cast<size_t>(m)];
+      }
+      return result;
+    };
+    tasks.clear();
+    for (const PlanStep& s : plan.steps) {
+      tasks.push_back({&s, map(s.in), map(s.other), map(s.gate), map(s.second), map(s.out),
+                       plan.weights + std::max<int64_t>(s.weight, 0), plan.weights + std::max<int64_t>(s.bias, 0), 1, 1,
+                       1, block + l.floats + kPad});
     }
+    sections.clear();
+    for (size_t i = 0; i < tasks.size(); i = l.group_end[i]) {
+      const size_t end = l.group_end[i];
+      cut_group(tasks.data() + i, tasks.data() + end, team);
+      const PlanTask& last = tasks[end - 1];
+      if (last.tiles == 1 && !sections.empty() && sections.back().tiles == 1) {
+        sections.back().end = end;
+      } else {
+        const bool reduces = tiles_of(*last.step, last.in.channels, last.out.channels) == Tiles::kReduction;
+        sections.push_back({i, end, last.tiles, reduces && last.tiles > 1});
+      }
+    }
+    threads = team;
+    weights = plan.weights;
+    arena = block;
+    number = prepared.number;
   }
-}
+};
 
 void run_tile(const Section& section, const std::vector<PlanTask>& tasks, int64_t tile, float* gather) {
   for (size_t i = section.begin; i < section.end; ++i) FASTPOSE_CALL(PlanLevel::run, tasks[i], tile, gather);
@@ -766,15 +780,13 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
     parallel_for(threads, 1, [&](int64_t, int64_t) {
       float* arena = scratch<float>(kArenaSlot, arena_floats(layout));
       float* gather = scratch<float>(kGatherSlot, layout.gather + kPad);
-      thread_local std::vector<PlanTask> tasks;
-      thread_local std::vector<Section> sections;
-      bind_maps(plan, layout, arena, 1, tasks);
-      cut_sections(layout, tasks, sections);
+      thread_local Bound bound;
+      bound.bind(prepared, arena, 1);
       for (int64_t image; (image = next.fetch_add(1)) < alone;) {
         read_image(x, image, input(arena));
-        for (const Section& section : sections) {
-          for (int64_t tile = 0; tile < section.tiles; ++tile) run_tile(section, tasks, tile, gather);
-          if (section.combines) FASTPOSE_CALL(PlanLevel::combine, tasks[section.end - 1]);
+        for (const Section& section : bound.sections) {
+          for (int64_t tile = 0; tile < section.tiles; ++tile) run_tile(section, bound.tasks, tile, gather);
+          if (section.combines) FASTPOSE_CALL(PlanLevel::combine, bound.tasks[section.end - 1]);
         }
         write(arena, image);
       }
@@ -782,13 +794,11 @@ std::vector<Tensor> run_plan(const Tensor& x, const Tensor& program, const Tenso
   }
   if (alone < images) {
     float* arena = scratch<float>(kArenaSlot, arena_floats(layout));
-    thread_local std::vector<PlanTask> bound;
-    thread_local std::vector<Section> cut;
+    thread_local Bound bound;
     thread_local std::vector<Progress> made;
-    std::vector<PlanTask>& tasks = bound;  // those of this thread, for all
-    bind_maps(plan, layout, arena, threads, tasks);
-    std::vector<Section>& sections = cut;
-    cut_sections(layout, tasks, sections);
+    bound.bind(prepared, arena, threads);
+    const std::vector<PlanTask>& tasks = bound.tasks;  // those of this thread, for all
+    const std::vector<Section>& sections = bound.sections;
     if (made.size() < sections.size()) made = std::vector<Progress>(sections.size());
     std::vector<Progress>& progress = made;
     for (int64_t image = alone; image < images; ++image) {
