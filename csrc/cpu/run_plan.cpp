@@ -268,6 +268,8 @@ Tiles tiles_of(const PlanStep& s, int64_t in_channels, int64_t out_channels) {
   }
 }
 
+Tiles tiles_of(const PlanTask& t) { return tiles_of(*t.step, t.in.channels, t.out.channels); }
+
 // Whether each pixel of the result needs only the same pixel of the maps (and gates of one pixel).
 bool by_pixel(const PlanStep& s) {
   switch (s.op) {
@@ -577,7 +579,6 @@ constexpr int64_t kCached = 1 << 20;
 
 // Cuts a group into tiles for `threads`.
 void cut_group(PlanTask* begin, PlanTask* end, int64_t threads) {
-  const auto kind = [](const PlanTask& t) { return tiles_of(*t.step, t.in.channels, t.out.channels); };
   const auto numbers = [](const PlanMap& m) { return m.pixels() * m.channels; };
   int64_t work = 0, bytes = numbers(begin->in) * static_cast<int64_t>(sizeof(float));
   for (const PlanTask* t = begin; t < end; ++t) {
@@ -591,24 +592,24 @@ void cut_group(PlanTask* begin, PlanTask* end, int64_t threads) {
   }
   int64_t rows = 1, unit = 1;
   const PlanStep& s = *begin->step;
-  if (kind(*begin) != Tiles::kOther) {
-    const PlanMap& size = kind(*begin) == Tiles::kReduction ? begin->in : begin->out;
+  if (tiles_of(end[-1]) == Tiles::kReduction) {
+    const ReducedParts parts(end[-1].in);
+    rows = end[-1].in.pixels();
+    unit = parts.unit;  // whole rows or pairs of them, whatever the others ask for
+    const bool even = std::has_single_bit(static_cast<uint64_t>(threads)) || wanted == 1;
+    wanted =
+        std::min(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(even ? wanted : 2 * wanted))), parts.count);
+  } else if (tiles_of(*begin) != Tiles::kOther) {
+    const PlanMap& size = begin->out;
     rows = size.pixels();
     for (const PlanTask* t = begin; t < end; ++t) {
-      if (kind(*t) == Tiles::kRows) unit = std::lcm(unit, size.width);
-      if (kind(*t) == Tiles::kPairsOfRows) unit = std::lcm(unit, 2 * size.width);
+      if (tiles_of(*t) == Tiles::kRows) unit = std::lcm(unit, size.width);
+      if (tiles_of(*t) == Tiles::kPairsOfRows) unit = std::lcm(unit, 2 * size.width);
     }
     // what the matrix product takes without rest, unless that shares the pixels less evenly
     const int64_t both = std::lcm(unit, kMostRows);
     const auto share = [&](int64_t u) { return ceil_div(ceil_div(rows, u), threads) * u; };
     if (10 * share(both) <= 11 * share(unit)) unit = both;
-    if (kind(end[-1]) == Tiles::kReduction) {
-      const ReducedParts parts(size);
-      unit = parts.unit;
-      const bool even = std::has_single_bit(static_cast<uint64_t>(threads)) || wanted == 1;
-      wanted =
-          std::min(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(even ? wanted : 2 * wanted))), parts.count);
-    }
   } else if (s.op == PlanOp::kConv) {
     // as many pixels as large weights are used for at a time, unless some threads would get none
     rows = begin->out.pixels();
@@ -625,8 +626,8 @@ void cut_group(PlanTask* begin, PlanTask* end, int64_t threads) {
     t->units = ceil_div(rows, unit);
     t->tiles = std::min(wanted, t->units);
     t->unit = unit;
-    if (kind(*t) == Tiles::kRows && t->step->op != PlanOp::kConv) t->unit = unit / t->out.width;
-    if (kind(*t) == Tiles::kPairsOfRows) t->unit = unit / (2 * t->out.width);
+    if (tiles_of(*t) == Tiles::kRows && t->step->op != PlanOp::kConv) t->unit = unit / t->out.width;
+    if (tiles_of(*t) == Tiles::kPairsOfRows) t->unit = unit / (2 * t->out.width);
   }
 }
 
@@ -691,8 +692,7 @@ struct Bound {
       if (last.tiles == 1 && !sections.empty() && sections.back().tiles == 1) {
         sections.back().end = end;
       } else {
-        const bool reduces = tiles_of(*last.step, last.in.channels, last.out.channels) == Tiles::kReduction;
-        sections.push_back({i, end, last.tiles, reduces && last.tiles > 1});
+        sections.push_back({i, end, last.tiles, last.tiles > 1 && tiles_of(last) == Tiles::kReduction});
       }
     }
     threads = team;

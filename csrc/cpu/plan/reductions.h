@@ -2,8 +2,8 @@
 //
 // Blocking: over pixels four vectors at a time, with a running sum each, of all channels of a sixteenth of the pixels,
 // which lie in a cache if the same tile has written them; over channels as many pixels as a vector has lanes, whose
-// sums are put together lane by lane. Bound: reading the map once. With the gate that follows (cpu/plan/pointwise.h) 91
-// % is reached at 160x32x24.
+// sums are put together lane by lane. Bound: reading the map once, which is reached at 160x32x24 together with the gate
+// that follows (cpu/plan/pointwise.h).
 
 namespace fastpose {
 namespace FASTPOSE_ISA {
@@ -21,14 +21,12 @@ FASTPOSE_INLINE void write_reduced(const PlanTask& t, int64_t c, V total, V most
   if (kMaximum) put(t.out.data + first + c, apply(most, t.step->act), t.out.room - first - c);
 }
 
-// Sum and maximum of kV vectors of channels from `c` on over a part of the pixels. Four values run at a time, since
-// one would wait for itself: of neighbouring vectors, which are read together, or of pixels in turn.
+// Sum and maximum of kV vectors of channels from `c` on over some pixels, into a part of what is left. Four values run
+// at a time, since one would wait for itself: of neighbouring vectors, which are read together, or of pixels in turn.
 template <bool kSum, bool kMaximum, int kV>
-FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t part, int64_t c) {
+FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, Range pixels, int64_t c, float* partial) {
   constexpr int kTurns = 4 / kV;
   constexpr int64_t kPixelsAhead = 16;
-  const ReducedParts parts(t.in);
-  const Range pixels{parts.begin(part), parts.begin(part + 1)};
   const int64_t stride = t.in.stride;
   const float* in = t.in.data + c;
   const bool far = kV > 1 && t.in.pixels() * stride > kFar;
@@ -68,9 +66,8 @@ FASTPOSE_INLINE void reduce_vectors(const PlanTask& t, int64_t part, int64_t c) 
     V y = most[v];
 #pragma GCC unroll 4
     for (int i = v + kV; i < 4; i += kV) y = larger(y, most[i]);
-    float* partial = t.partial + 2 * part * pad(t.in.channels) + c + v * kL;
-    if (kSum) store(partial, total[v]);
-    if (kMaximum) store(partial + pad(t.in.channels), y);
+    if (kSum) store(partial + c + v * kL, total[v]);
+    if (kMaximum) store(partial + pad(t.in.channels) + c + v * kL, y);
   }
 }
 
@@ -104,13 +101,16 @@ void combine_tiles(const PlanTask& t) {
 // kMean, kSum, kMax and kMeanMax over all pixels, the parts of a tile; the only tile finishes the work.
 template <bool kSum, bool kMaximum>
 void reduce(const PlanTask& t, int64_t tile) {
-  const int64_t channels = t.in.channels, parts = ReducedParts(t.in).count / t.tiles;
-  for (int64_t part = tile * parts; part < (tile + 1) * parts; ++part) {
+  const ReducedParts parts(t.in);
+  const int64_t channels = t.in.channels, begin = tile * (parts.count / t.tiles), end = begin + parts.count / t.tiles;
+  for (int64_t part = begin; part < end; ++part) {
+    const Range pixels{parts.begin(part), parts.begin(part + 1)};
+    float* partial = t.partial + 2 * part * pad(channels);
     int64_t c = 0;
-    for (; c + 4 * kL <= channels; c += 4 * kL) reduce_vectors<kSum, kMaximum, 4>(t, part, c);
-    for (; c < channels; c += kL) reduce_vectors<kSum, kMaximum, 1>(t, part, c);
+    for (; c + 4 * kL <= channels; c += 4 * kL) reduce_vectors<kSum, kMaximum, 4>(t, pixels, c, partial);
+    for (; c < channels; c += kL) reduce_vectors<kSum, kMaximum, 1>(t, pixels, c, partial);
   }
-  join_parts<kSum, kMaximum>(t, tile * parts, (tile + 1) * parts, 1);
+  join_parts<kSum, kMaximum>(t, begin, end, 1);
   if (t.tiles == 1) combine_tiles<kSum, kMaximum>(t);
 }
 
