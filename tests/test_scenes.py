@@ -31,6 +31,7 @@ from fastpose.data.scenes import (
 )  # fmt: skip
 from fastpose.evaluate import evaluate
 from fastpose.geometry import whole_image_matrix
+from fastpose.images import ImageError
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize
 from fastpose.skeletons import COCO17, LSP14
@@ -53,7 +54,7 @@ def coco(tmp_path) -> PoseData:
 
 def test_everybody_on_an_image(coco):
     store = SceneStore(coco, 1000)
-    assert len(store) == 5 and store.files[1].name == "002.png"  # nobody is on the second image
+    assert len(store) == 5  # nobody is on the second image
     scene = store.get(1)
     at = np.flatnonzero([p.name == "002.png" for p in coco.images])
     assert scene.image.shape == (90, 120, 3) and np.allclose(scene.keypoints, coco.keypoints[at])
@@ -61,7 +62,9 @@ def test_everybody_on_an_image(coco):
     small = SceneStore(coco, 30).get(1)
     assert small.image.shape == (45, 60, 3) and np.allclose(small.keypoints, (scene.keypoints + 0.5) / 2 - 0.5)
     with pytest.raises(ValueError, match="nobody in the data set has a labelled keypoint"):
-        SceneStore(coco.take(np.zeros(0, np.int64)), 100)
+        SceneStore(coco.of_images([]), 100)
+    with pytest.raises(ValueError, match="everybody annotated on its images, in COCO's format"):
+        SceneStore(replace(coco, annotated=None, image_index=None), 100)
 
 
 def test_who_cannot_be_estimated_is_learned_all_the_same(tmp_path):
@@ -109,6 +112,26 @@ def test_without_changes_a_sample_is_what_inference_sees(coco):
     seen = cv2.warpAffine(scene.image, matrix, size[::-1], flags=cv2.INTER_LINEAR)[:, 16:112]
     assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - seen).max() <= 2
     assert (valid <= torch.from_numpy(scene.labelled)).all()
+
+
+def test_images_of_people_without_labelled_keypoints_are_learned_too(tmp_path):
+    """As in HigherHRNet, which leaves out those without annotations only; a batch may hold nobody to find."""
+    content = datasets.coco_content(COCO17.names, 4, 1)
+    content["annotations"][1].update(keypoints=[0] * 51, num_keypoints=0)
+    content["annotations"][2].update(keypoints=[0] * 51, num_keypoints=0, iscrowd=1)
+    datasets.write_coco(tmp_path, content, "annotations/person_keypoints_val2017.json", "val2017")
+    dataset = SceneDataset(SceneStore(load_dataset("coco", tmp_path, "val"), 64), (64, 64))
+    assert len(dataset) == 3  # nobody is on the second
+    images, points, valid, mask = collate_scenes([dataset[1], dataset[2]])
+    assert images.shape == (2, 3, 64, 64)
+    assert points.shape == (2, 0, 17, 2) and valid.shape == (2, 0, 17) and 0 < mask.float().mean() < 0.9
+    codec = AssociativeEmbeddingCodec(position=1.0)
+    maps = [torch.full((2, n, s, s), 0.5, requires_grad=True) for n, s in [(34, 16), (17, 32)]]
+    heatmap, push, pull = codec.losses(maps, points, valid, mask)
+    (heatmap + push + pull).backward()
+    assert push == pull == 0 and 0 < heatmap < 0.5
+    counted = F.adaptive_avg_pool2d(mask[:, None].float(), (32, 32)) > 0.5
+    assert ((maps[1].grad != 0) == counted).all()  # background where nobody is hidden
 
 
 def test_crowds_are_masked_but_not_labelled_people(tmp_path):
@@ -222,12 +245,28 @@ def test_batches_of_unequal_numbers_of_people():
     assert collate_scenes([sample(0)])[1].shape == (1, 0, 4, 2)
 
 
-def test_an_unreadable_image_is_a_black_one(coco):
-    coco.images[0].write_bytes(b"broken")
-    store = SceneStore(coco, 64, memory=0)
-    image, points, valid, _ = SceneDataset(store, (64, 64), STRONG)[0]
-    assert points.shape == (0, 17, 2) and not valid.any()
-    assert coco.report.findings["image cannot be read"].count == 1
+@pytest.mark.parametrize("memory", [0, math.inf])
+def test_in_place_of_an_unreadable_image_is_another(tmp_path, memory, capsys):
+    """Nothing black, which would count for batch normalisation; and not the same one for all that are in a row."""
+    datasets.write_standard_coco(tmp_path, images=12)
+    data = load_dataset("coco", tmp_path, "val")
+    for path in sorted(set(data.images))[2:8]:
+        path.write_bytes(b"broken")
+    store = SceneStore(data, 64, memory)
+    seen = [store.get(i).image.tobytes() for i in range(11)]
+    whole = [seen[i] for i in (0, 1, 8, 9, 10)]
+    assert len(set(whole)) == 5 and all(image in whole for image in seen) and len(set(seen[2:8])) > 2
+    assert seen == [store.get(i).image.tobytes() for i in range(11)]
+    assert data.report.findings["image cannot be read"].count == 6
+    assert capsys.readouterr().err.count("trained without") == (6 if memory == 0 else 0)
+
+
+def test_all_images_are_gone_while_training(coco):
+    store = CropStore(coco, 1.2, 64, memory=0)
+    for path in set(coco.images):
+        path.unlink()
+    with pytest.raises(ImageError, match=f"none of the {len(coco)} images and people .* can be read any more"):
+        store.get(1)
 
 
 def test_augmentation_ranges():
@@ -287,7 +326,7 @@ def test_a_bottom_up_network_learns_its_images(tmp_path):
         elsewhere.append(maps.flatten())
     assert torch.cat(at).mean() > 0.25 and torch.cat(elsewhere).mean() < 0.05
     pose = fastpose.PoseEstimator("auto", run / "final.safetensors", flip_test=False)
-    assert all(len(pose(path)) >= 1 for path in store.files)
+    assert all(len(pose(path)) >= 1 for path in set(store.data.images))
 
 
 def write_lsp(folder, count=14):

@@ -529,7 +529,8 @@ def test_people_beside_their_image(tmp_path):
             "000.png: nothing of the box [1000.0, 2001.0, 1030.0, 2041.0] is in the 120x90 image" in found.examples[0]
         )
         samples = [CropDataset(store, (side, side))[i] for i in range(len(data))]
-        assert [bool(valid.any()) for _, _, valid in samples] == [False] * 3 + [True] * 3
+        for sample in samples[:3]:
+            assert any(all(map(torch.equal, sample, other)) for other in samples[3:])
 
 
 @pytest.mark.parametrize(

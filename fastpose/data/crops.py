@@ -150,23 +150,29 @@ class OutsideError(ImageError):
 class DecodedStore(ABC, Generic[T]):
     """Decoded parts of a data set, kept in memory up to `memory` bytes; the others are read from their files each time.
 
-    An image that cannot be read, or a person beside it, is replaced by a black one without labels: it is reported in
-    `data.report`, and if that happens later, on stderr. `quiet`: no progress bar while the first ones are read.
+    In place of an image that cannot be read, or of a person beside theirs, another one is taken, always the same. It is
+    reported in `data.report`, and if that happens after the beginning, on stderr. `quiet`: no progress bar while the
+    first ones are read.
+
+    Raises:
+        ValueError: nothing can be used.
     """
 
     def __init__(self, data: PoseData, count: int, memory: float, quiet: bool) -> None:
         self.data = data
         self.kept: list[T | None] = [None] * count
+        self.unusable: set[int] = set()
         self.reported: set[str] = set()
-        self.usable = False  # any of them
+        found = False
         for i in tqdm(range(count), desc="reading", unit="image", disable=quiet):
-            if memory <= 0 and self.usable:
+            if memory <= 0 and found:
                 break
-            item = self.get(i, announce=False)
-            if memory > 0:
+            item = self._read(i, announce=False)
+            found |= item is not None
+            if memory > 0 and item is not None:
                 self.kept[i] = item
                 memory -= self._bytes(item)
-        if not self.usable:
+        if not found:
             raise ValueError(f"nobody is left: none of {count} can be used: {data.report.to_text(wrong_only=True)}")
 
     def __len__(self) -> int:
@@ -175,29 +181,36 @@ class DecodedStore(ABC, Generic[T]):
     @abstractmethod
     def _load(self, i: int) -> T: ...
 
-    @abstractmethod
-    def _blank(self) -> T: ...
-
     @staticmethod
     @abstractmethod
     def _bytes(item: T) -> int: ...
 
-    def get(self, i: int, announce: bool = True) -> T:
-        """Item `i`, from memory or file."""
-        known = self.kept[i]
-        if known is not None:
-            return known
-        try:
-            item = self._load(i)
-            self.usable = True
+    def get(self, i: int) -> T:
+        """Item `i`, from memory or file, or one in its place; raises `ImageError` if none can be read any more."""
+        item = self._read(i)
+        if item is not None:
             return item
+        # anywhere: images that cannot be read often come in a row, and all would be replaced by the one after them
+        for other in np.random.default_rng(i).permutation(len(self)).tolist():
+            item = self._read(other)
+            if item is not None:
+                return item
+        raise ImageError(f"none of the {len(self)} images and people of the data set can be read any more")
+
+    def _read(self, i: int, announce: bool = True) -> T | None:
+        item = self.kept[i]
+        if item is not None or i in self.unusable:
+            return item
+        try:
+            return self._load(i)
         except ImageError as error:
+            self.unusable.add(i)
             if str(error) not in self.reported:
                 self.reported.add(str(error))
                 self.data.report.add(OUTSIDE if isinstance(error, OutsideError) else UNREADABLE, error)
                 if announce:
                     tqdm.write(f"fastpose: trained without {error}", file=sys.stderr)
-        return self._blank()
+        return None
 
 
 class CropStore(DecodedStore[_Person]):
@@ -218,11 +231,6 @@ class CropStore(DecodedStore[_Person]):
     ) -> None:
         self.padding, self.side, self.reach = padding, side, max(reach, 2.2)
         super().__init__(data, len(data), memory, quiet)
-
-    def _blank(self) -> _Person:
-        k = self.data.skeleton.num_keypoints
-        box = np.array([0, 0, 8, 8], np.float32)
-        return _Person(np.zeros((8, 8, 3), np.uint8), np.zeros((k, 2), np.float32), np.zeros(k, bool), box)
 
     @staticmethod
     def _bytes(item: _Person) -> int:

@@ -48,25 +48,26 @@ class Scenes(Protocol):
 
 
 class SceneStore(DecodedStore[Scene]):
-    """The images of a data set on which somebody has a labelled keypoint, each with everybody annotated on it.
+    """The images of a data set on which somebody is annotated, each with everybody on it.
 
-    Decoded images are kept with a shorter side of at most 1.5 `side` pixels, which is enough for a network's input of
-    that side and crops of down to 0.67 of it.
+    That may be nobody with a labelled keypoint: as in HigherHRNet's code there is something to learn from the
+    background too. Decoded images are kept with a shorter side of at most 1.5 `side` pixels, which is enough for a
+    network's input of that side and crops of down to 0.67 of it.
 
     Raises:
-        ValueError: nobody has a labelled keypoint.
+        ValueError: the data set does not say who else is on its images, or nobody has a labelled keypoint.
     """
 
     def __init__(self, data: PoseData, side: int, memory: float = math.inf, quiet: bool = True) -> None:
-        self.side = side
-        self.rows: dict[Path, list[int]] = {}
-        for i, path in enumerate(data.images):
-            if data.labelled[i].any():
-                self.rows.setdefault(path, []).append(i)
-        self.files = list(self.rows)
-        if not self.files:
+        if data.annotated is None:
+            raise ValueError("scenes need a data set with everybody annotated on its images, in COCO's format")
+        self.side, self.annotated = side, data.annotated
+        people = self.annotated.people
+        self.unknown = people.ignored | ~people.visible.any(1)
+        if self.unknown.all():
             raise ValueError("nobody in the data set has a labelled keypoint")
-        super().__init__(data, len(self.files), memory, quiet)
+        self.indices = np.unique(people.image)
+        super().__init__(data, len(self.indices), memory, quiet)
 
     @property
     def skeleton(self) -> Skeleton:
@@ -75,34 +76,25 @@ class SceneStore(DecodedStore[Scene]):
     def scene(self, index: int, rng: np.random.Generator) -> Scene:
         return self.get(index % len(self))
 
-    def _blank(self) -> Scene:
-        k = self.skeleton.num_keypoints
-        nobody = np.zeros((0, k, 2), np.float32), np.zeros((0, k), bool)
-        return Scene(np.zeros((8, 8, 3), np.uint8), *nobody, np.zeros((0, 4), np.float32))
-
     @staticmethod
     def _bytes(item: Scene) -> int:
         return item.image.nbytes + (0 if item.hidden is None else item.hidden.nbytes)
 
     def _load(self, i: int) -> Scene:
-        data, rows = self.data, self.rows[self.files[i]]
-        image = data.read(rows[0])
-        keypoints, labelled, ignored = data.keypoints[rows], data.labelled[rows], np.zeros((0, 4))
-        hidden = None
-        if data.annotated is not None and data.image_index is not None:
-            people = data.annotated.people
-            here = people.image == data.image_index[rows[0]]
-            unknown = people.ignored | ~people.visible.any(1)
-            # also those who are not among the people to estimate, for want of a box on the image
-            keypoints, labelled = people.keypoints[here & ~unknown], people.visible[here & ~unknown]
-            code = data.annotated.hidden[data.image_index[rows[0]]] if data.annotated.hidden else None
-            if code is not None and tuple(code["size"]) == image.shape[:2]:
-                from pycocotools import mask
+        annotated, at = self.annotated, int(self.indices[i])
+        people, image = annotated.people, annotated.read(at)
+        here = people.image == at
+        # also those who are not among the people to estimate, for want of a box on the image
+        keypoints, labelled = people.keypoints[here & ~self.unknown], people.visible[here & ~self.unknown]
+        ignored, hidden = np.zeros((0, 4)), None
+        code = annotated.hidden[at] if annotated.hidden else None
+        if code is not None and tuple(code["size"]) == image.shape[:2]:
+            from pycocotools import mask
 
-                hidden = np.ascontiguousarray(255 * mask.decode(code))
-            else:
-                x, y, width, height = people.boxes[here & unknown].T
-                ignored = np.stack([x, y, x + width, y + height], axis=1)
+            hidden = np.ascontiguousarray(255 * mask.decode(code))
+        else:
+            x, y, width, height = people.boxes[here & self.unknown].T
+            ignored = np.stack([x, y, x + width, y + height], axis=1)
         image, ratio = reduce(image, 1.5 * self.side / min(image.shape[:2]))
         if hidden is not None:
             hidden = cv2.resize(hidden, image.shape[1::-1], interpolation=cv2.INTER_AREA)
