@@ -165,8 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a program from crops (uint8 RGB [B, 3, h, w]) to keypoints and scores, instead of to heatmaps",
     )
-    p.add_argument("--codec", help="softmax, msra, dark or udp, for weights of others that do not tell")
-    p.add_argument("--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images, likewise")
+    _add_preparation_arguments(p)
     p.add_argument("--skeleton", help="of safetensors: the keypoints, likewise; lsp14 or a .toml or .json file")
     p.add_argument("output", metavar="FILE", help="e.g. mobileposenet.pt")
     p.set_defaults(run=_export)
@@ -199,7 +198,9 @@ def _add_data_arguments(p: argparse.ArgumentParser, default: str | None = None) 
 def _add_preparation_arguments(p: argparse.ArgumentParser) -> None:
     """Arguments for what a file of weights may not tell; read by `_preparation`."""
     p.add_argument("--codec", help="softmax, msra, dark or udp, for weights of others that do not tell")
-    p.add_argument("--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the crops, likewise")
+    p.add_argument(
+        "--input-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the crops or images, likewise"
+    )
     p.add_argument(
         "--no-flip-shift",
         action="store_true",
@@ -503,6 +504,7 @@ def _export(options: argparse.Namespace) -> int:
     from fastpose.data.datasets import find_skeleton
     from fastpose.export import ExportError, export_onnx, export_torchscript, export_weights
     from fastpose.models._registry import check_codec, create_from, is_bottom_up, model_entry, read_weights
+    from fastpose.pipeline import check_settings
 
     checkpoint = read_weights(options.weights, options.model)
     model, info = create_from(checkpoint, options.model), checkpoint.info()
@@ -510,24 +512,22 @@ def _export(options: argparse.Namespace) -> int:
         for name in ("fused", "keypoints"):
             if getattr(options, name):
                 raise ValueError(f"--{name} is about programs, not weights")
-        for name in ("codec", "input_size"):
-            if getattr(options, name):
-                option = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{option}: weights keep their own; choose where they are used, PoseEstimator({name}=)"
-                )
         if options.precision != "float32":
             raise ValueError("--precision is about programs, not weights: choose where they are used")
+        changes = {name: value for name, value in _preparation(options).items() if value is not None}
+        if info is not None and (changes or options.skeleton):
+            option = "--" + next(iter(changes), "skeleton").replace("_", "-")
+            raise ValueError(f"{option}: {checkpoint.path} has its own, which can be changed where it is used only")
         skeleton = find_skeleton(options.skeleton) if options.skeleton else None
-        if skeleton is not None and info is not None:
-            raise ValueError(f"--skeleton: {checkpoint.path} has its own, {info.skeleton}")
+        described = dataclasses.replace(describe_weights(checkpoint, options.model, skeleton), **changes)
+        check_settings(described, skeleton or described.get_skeleton(), model)
         bits = options.bits or 16
-        export_weights(model, options.output, describe_weights(checkpoint, options.model, skeleton), bits)
+        export_weights(model, options.output, described, bits)
         print(f"{options.output}: weights of {bits} bits for create_model and PoseEstimator")
         return 0
-    if options.bits or options.skeleton:
-        option = "--bits" if options.bits else "--skeleton"
-        raise ValueError(f"{option} is about weights: --format safetensors")
+    for name in ("bits", "skeleton", "padding", "no_flip_shift"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} is about weights: --format safetensors")
     if options.codec and not options.keypoints:
         raise ValueError("--codec is about --keypoints")
     if options.precision != "float32" and not options.fused:

@@ -192,7 +192,7 @@ class PoseEstimator:
         self.info: WeightsInfo = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})
         self.model_name = info.model
         self.skeleton: Skeleton = skeleton if isinstance(skeleton, Skeleton) else self.info.get_skeleton()
-        _check_settings(self.info, self.skeleton, network)
+        check_settings(self.info, self.skeleton, network)
         self.model = channels_last(network.to(self.device))
         if optimize:
             self.model = fastpose_optimize(self.model, self.info.input_size, precision)
@@ -578,7 +578,7 @@ def _local_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _check_settings(info: WeightsInfo, skeleton: Skeleton, network: nn.Module) -> None:
+def check_settings(info: WeightsInfo, skeleton: Skeleton, network: nn.Module) -> None:
     """Raise ValueError for what a user may have chosen and the network cannot do."""
     check_number(skeleton, info.num_keypoints)
     check_codec(info.model, info.codec)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from fastpose import images, predict
 from fastpose.checkpoints import read_info
 from fastpose.cli import main
-from fastpose.codecs import get_codec
+from fastpose.codecs import DarkHeatmapCodec, get_codec
 from fastpose.export import ExportError, export_onnx, export_torchscript
 from fastpose.files import write_json
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
@@ -308,6 +308,27 @@ def test_export_of_weights(tmp_path, capsys):
     assert f"{key} has numbers that float16 cannot hold, up to 1e+06" in capsys.readouterr().err
 
 
+def test_export_of_weights_with_what_they_do_not_tell(tmp_path, capsys):
+    """Given once, it need not be given wherever the file is used."""
+    weights, target = tmp_path / "w.pth", tmp_path / "w.safetensors"
+    torch.save(create_model("lite_hrnet_18", num_keypoints=17).state_dict(), weights)
+    arguments = ["export", "--format", "safetensors", "--weights", str(weights), str(target)]
+    given = ["--codec", "dark", "--no-flip-shift", "--input-size", "384", "288", "--padding", "1.5"]
+    for option, message in (
+        (["--codec", "associative"], "lite_hrnet_18 is a top-down network"),
+        (["--input-size", "100", "96"], "positive multiples of 32, got (100, 96)"),
+        (["--padding", "-1"], "padding must be positive, got -1"),
+        (["--codec", "msr"], "'msr'"),
+    ):
+        assert main([*arguments, *option]) == 2 and not target.exists()
+        assert message in capsys.readouterr().err
+    assert main([*arguments, *given]) == 0
+    pose = PoseEstimator(weights=target)
+    other = PoseEstimator(weights=weights, codec=DarkHeatmapCodec(flip_shift=0), input_size=(384, 288), padding=1.5)
+    assert (pose.info.codec, pose.info.input_size, pose.info.padding) == (other.info.codec, (384, 288), 1.5)
+    assert pose.info == other.info
+
+
 def test_export_of_weights_with_keypoints_of_ones_own(tmp_path, capsys):
     weights, target = tmp_path / "w.pth", tmp_path / "w.safetensors"
     torch.save(create_model("lite_hrnet_18", num_keypoints=4).state_dict(), weights)
@@ -558,9 +579,12 @@ def test_keypoints_of_what_cannot_be_exported(tmp_path, capsys):
     assert f"{name} is bottom-up; grouping keypoints into people cannot be exported" in capsys.readouterr().err
     assert main(["export", "--keypoints", "--format", "safetensors", str(tmp_path / "k.pt")]) == 2
     assert "--keypoints is about programs, not weights" in capsys.readouterr().err
-    for option in (["--codec", "udp"], ["--input-size", "64", "64"]):
+    for option in (["--codec", "udp"], ["--input-size", "64", "64"], ["--padding", "1.1"]):
         assert main(["export", "--format", "safetensors", *option, str(tmp_path / "k.pt")]) == 2
-        assert f"{option[0]}: weights keep their own" in capsys.readouterr().err
+        assert f"{option[0]}: " in (said := capsys.readouterr().err) and "mobileposenet_lspet" in said
+        assert "has its own, which can be changed where it is used only" in said
+    assert main(["export", "--padding", "1.1", str(tmp_path / "k.pt")]) == 2
+    assert "--padding is about weights" in capsys.readouterr().err
     assert main(["export", "--codec", "udp", str(tmp_path / "k.pt")]) == 2
     assert "--codec is about --keypoints" in capsys.readouterr().err
     assert not (tmp_path / "k.pt").exists()
