@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastpose.data.coco import image_size
+
 EXPECTED = (
     'expected {"file name": [[x1, y1, x2, y2], ...]}, a COCO annotation file, or a list of '
     '{"file_name": ..., "bbox": [x, y, width, height]}'
@@ -16,10 +18,14 @@ EXPECTED = (
 
 @dataclass
 class BoxesOfImage:
-    """Boxes [P][4] xyxy, which are checked against their image later, and as many scores, 1 where none is given."""
+    """Boxes [P][4] xyxy, which are checked against their image later, and as many scores, 1 where none is given.
+
+    size: (height, width) of the image that they are for, (0, 0) if it is not said.
+    """
 
     boxes: list[Any] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    size: tuple[int, int] = (0, 0)
 
 
 def read_boxes(path: str | Path) -> dict[str, BoxesOfImage]:
@@ -43,8 +49,9 @@ def read_boxes(path: str | Path) -> dict[str, BoxesOfImage]:
     try:
         if isinstance(content, dict) and "images" in content and "annotations" in content:
             names = {image["id"]: image["file_name"] for image in content["images"]}
+            sizes = {image["file_name"]: image_size(image) for image in content["images"]}
             people = {c["id"] for c in content.get("categories") or [] if c.get("name") == "person"}
-            found = {name: BoxesOfImage() for name in names.values()}
+            found = {name: BoxesOfImage(size=size) for name, size in sizes.items()}
             for annotation in content["annotations"]:
                 if annotation.get("iscrowd") or (people and annotation.get("category_id") not in people):
                     continue

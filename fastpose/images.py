@@ -128,7 +128,7 @@ def channels_first(shape: Sequence[int]) -> bool:
 
 
 def to_rgb(image: Any, channel_order: str) -> Array:
-    """Turn a path, array, PIL image or tensor into uint8 RGB [H, W, 3].
+    """Turn a path, array, PIL image, tensor or a function that returns one of these into uint8 RGB [H, W, 3].
 
     Arrays may be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (alpha is dropped), uint8 or uint16 (scaled down); tensors
     may also be [3, H, W] or [1, H, W]. `channel_order` ("rgb" or "bgr") applies to arrays and tensors only. Files are
@@ -137,6 +137,8 @@ def to_rgb(image: Any, channel_order: str) -> Array:
     Raises:
         ImageError: any other shape or dtype, or no pixels.
     """
+    if callable(image):
+        image = image()
     if isinstance(image, (str, Path)):
         return read_image(image)
     if type(image).__module__.partition(".")[0] == "PIL":

@@ -250,7 +250,8 @@ class PoseEstimator:
         the number of images, and one may stop at any time.
 
         Args:
-            images: what a call takes, in a list, a generator or the like.
+            images: what a call takes, in a list, a generator or the like; also functions without arguments that return
+                an image, which are called like files are read.
             boxes: as many entries, [P, 4] or None each.
 
         Yields:

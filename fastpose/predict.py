@@ -6,13 +6,15 @@ import contextlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastpose.boxes import BoxesOfImage
-from fastpose.images import Array, ImageError, read_image
+from fastpose.data import read_annotated
+from fastpose.images import Array, ImageError
 from fastpose.pipeline import PoseEstimator
 from fastpose.poses import Poses
 from fastpose.tracking import Tracker
@@ -45,16 +47,17 @@ def estimate_files(
 ) -> Iterator[Found]:
     """What is found in `files`, in order.
 
-    `boxes`: one entry per file, for images only; their scores go into those of the poses. `report` is told of what
-    cannot be used, `advance` is called for every image and frame. `make_tracker` makes of its frames per second what a
-    video's poses go through.
+    `boxes`: one entry per file, for images only; their scores go into those of the poses, and images are turned as they
+    mean them. `report` is told of what cannot be used, `advance` is called for every image and frame. `make_tracker`
+    makes of its frames per second what a video's poses go through.
     """
     asked: deque[Found] = deque()  # not answered yet
     videos = {file.path: file for file in files if isinstance(file, Video)}
     trackers = {path: make_tracker(video.fps) for path, video in videos.items()} if make_tracker else {}
 
-    def images() -> Iterator[Path | Array]:
-        for file in files:
+    def images() -> Iterator[Path | Array | Callable[[], Array]]:
+        sizes = [(0, 0)] * len(files) if boxes is None else [entry.size for entry in boxes]
+        for file, size in zip(files, sizes, strict=True):
             if isinstance(file, Video):
                 frame = -1
                 for frame, pixels in enumerate(file):
@@ -65,7 +68,7 @@ def estimate_files(
                     report(file.path, f"{file.path}: only {frame + 1} of {file.count} frames can be decoded")
             else:
                 asked.append(Found(file))
-                yield file
+                yield partial(read_annotated, file, size)
 
     def ends() -> Iterator[Found]:
         while asked and asked[0].frame is not None and asked[0].pixels is None:
@@ -119,7 +122,8 @@ class Drawings:
             self._draw_frame(found, self.folder / f"{name}.mp4")
         elif found.poses is not None:
             try:  # read again: images are not kept until their batch is done
-                found.poses.save(self.folder / f"{name}.png", read_image(found.path), self.threshold)
+                pixels = read_annotated(found.path, found.poses.image_size)
+                found.poses.save(self.folder / f"{name}.png", pixels, self.threshold)
             except (ValueError, OSError) as error:  # ImageError is a ValueError
                 self.report(found.path, f"not drawn: {error}")
         return replace(found, pixels=None)

@@ -171,6 +171,34 @@ def test_boxes_of_people_with_their_scores(folder, photo, capsys, monkeypatch):
     assert "score must be finite" in capsys.readouterr().err
 
 
+def test_boxes_of_the_stored_pixels(folder, photo, capsys, monkeypatch):
+    """A photo that EXIF turns: the COCO file's size tells which pixels its boxes are for, or that they are others'."""
+    pillow = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(folder)
+    exif = pillow.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    pillow.fromarray(photo).save("turned.png", exif=exif)
+    height, width = photo.shape[:2]
+    entry = {"id": 7, "file_name": "turned.png", "height": height, "width": width}
+    content = {"images": [entry], "annotations": [{"image_id": 7, "bbox": [10, 20, 150, 200]}]}
+    (folder / "b.json").write_text(json.dumps(content))
+    assert main(["predict", "turned.png", "--boxes", "b.json", "--quiet"]) == 0
+    got = json.loads((folder / "poses" / "poses.json").read_text())
+    assert (got["images"][0]["height"], got["images"][0]["width"]) == (height, width)
+    expected = PoseEstimator(detector="none")(photo, [[10, 20, 160, 220]]).to_coco(1)[0]
+    assert np.allclose(got["annotations"][0]["keypoints"], expected["keypoints"], atol=1e-2)
+    assert cv2.imread("poses/turned_pose.png").shape == photo.shape
+    entry["height"], entry["width"] = width, height
+    (folder / "b.json").write_text(json.dumps(content))
+    assert main(["predict", "turned.png", "--boxes", "b.json", "--quiet"]) == 0
+    assert cv2.imread("poses/turned_pose.png").shape == (width, height, 3)
+    entry["width"] += 1
+    (folder / "b.json").write_text(json.dumps(content))
+    assert main(["predict", "turned.png", "--boxes", "b.json", "--quiet"]) == 2
+    said = f"the image is {width} x {height} (height x width), its annotation says {width} x {height + 1}"
+    assert said in capsys.readouterr().err
+
+
 def test_an_interrupted_run_keeps_what_it_has(folder, photo, monkeypatch, capsys):
     monkeypatch.chdir(folder)
 

@@ -11,10 +11,10 @@ ROOT = Path(fastpose.__file__).parent
 LEVEL = {
     "ops": 0, "files": 0, "skeletons": 0, "geometry": 0, "config": 0,
     "grouping": 0, "distributed": 0, "stream": 0,
-    "layers": 1, "counting": 1, "codecs": 1, "metrics": 1, "average_precision": 1, "poses": 1, "images": 1, "boxes": 1,
+    "layers": 1, "counting": 1, "codecs": 1, "metrics": 1, "average_precision": 1, "poses": 1, "images": 1,
     "graphs": 2, "preprocess": 2, "plan": 3,
     "data": 2, "checkpoints": 2, "draw": 2, "detect": 2, "video": 2, "tracking": 2,
-    "models": 3, "scoring": 3, "sheets": 3,
+    "models": 3, "scoring": 3, "sheets": 3, "boxes": 3,
     "pipeline": 4, "export": 5, "zoo": 4, "training": 4,
     "evaluate": 5, "info": 5, "predict": 5,
     "train": 6,

@@ -225,8 +225,7 @@ def _images(entries: list[Any], report: Report) -> dict[int | str, dict[str, Any
         if entry["id"] in found:
             report.add("image id used twice (the first counts)", entry["id"])
             continue
-        size = tuple(entry.get(key) if is_number(entry.get(key)) else 0 for key in ("height", "width"))
-        size = (int(size[0]), int(size[1])) if min(size) >= 1 else (0, 0)
+        size = image_size(entry)
         if size == (0, 0):
             report.add("image without height and width", entry["file_name"], wrong="height" in entry)
         if entry["file_name"] in names:
@@ -235,6 +234,12 @@ def _images(entries: list[Any], report: Report) -> dict[int | str, dict[str, Any
         found[entry["id"]] = {"file_name": entry["file_name"], "size": size, "crowdIndex": entry.get("crowdIndex")}
     numbers = all(isinstance(i, int) for i in found)
     return {i: found[i] for i in (sorted(found) if numbers else found)}
+
+
+def image_size(entry: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) that an image entry tells, (0, 0) if it does not."""
+    height, width = (entry[key] if is_number(entry.get(key)) else 0 for key in ("height", "width"))
+    return (int(height), int(width)) if min(height, width) >= 1 else (0, 0)
 
 
 def _is_id(value: Any) -> bool:
