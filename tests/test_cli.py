@@ -19,6 +19,7 @@ from fastpose import images, predict
 from fastpose.checkpoints import read_info
 from fastpose.cli import main
 from fastpose.codecs import DarkHeatmapCodec, get_codec
+from fastpose.data import base
 from fastpose.export import ExportError, export_onnx, export_torchscript
 from fastpose.files import write_json
 from fastpose.geometry import apply_affine, crop_matrix, invert_affine, warp_crop
@@ -80,14 +81,13 @@ def test_bad_files_are_reported_and_the_rest_is_done(folder):
 def test_an_image_that_vanishes_before_it_is_drawn(folder, monkeypatch, capsys):
     read, times = images.read_image, Counter()
 
-    def read_once(path, *arguments):
+    def read_once(path, **options):
         times[path] += 1
         if path.name == "1.jpg" and times[path] > 1:
             path.unlink()
-        return read(path, *arguments)
+        return read(path, **options)
 
-    monkeypatch.setattr(images, "read_image", read_once)
-    monkeypatch.setattr(predict, "read_image", read_once)
+    monkeypatch.setattr(base, "read_image", read_once)
     arguments = ["predict", str(folder / "in"), "--detector", "none", "--save-images", "--output", str(folder / "out")]
     assert main(arguments) == 2
     said = capsys.readouterr().err
