@@ -9,9 +9,11 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 NETWORK = "network (default: that of the weights, of the default weights mobileposenet)"
+SAVE_AFTER = 600.0  # seconds of estimating that a kill loses at most
 DRAWN_BEHIND = 4  # pictures that are being written while the next poses are found
 # what the numbers of an evaluation depend on
 EVALUATION_SETTINGS = (
@@ -239,7 +242,7 @@ def _load_data(options: argparse.Namespace, **more: Any) -> Any:
 def _predict(options: argparse.Namespace) -> int:
     from fastpose.boxes import boxes_for, read_boxes
     from fastpose.data.datasets import find_skeleton
-    from fastpose.files import check_writable, write_json
+    from fastpose.files import check_writable, is_replaceable, write_json
     from fastpose.images import find_images
     from fastpose.pipeline import PoseEstimator
     from fastpose.predict import Drawings, File, estimate_files
@@ -306,6 +309,10 @@ def _predict(options: argparse.Namespace) -> int:
     expected = sum(max(file.count, 1) if isinstance(file, Video) else 1 for file in files)
     tell = not options.quiet and len(files) < 20
     of_video = 0  # poses so far
+    saved = time.time() if is_replaceable(json_path) else math.inf
+
+    def save_incomplete() -> None:
+        write_json(json_path, {**result, "info": {**result["info"], "incomplete": True}})
 
     try:
         with (
@@ -315,6 +322,9 @@ def _predict(options: argparse.Namespace) -> int:
             make_tracker = partial(Tracker, smooth=options.smooth) if track else None
             everything = estimate_files(estimator, files, boxes, report, progress.update, make_tracker)
             for found in run_ahead(drawings.draw, everything, DRAWN_BEHIND) if save_images else everything:
+                if time.time() - saved > SAVE_AFTER:
+                    save_incomplete()
+                    saved = time.time()
                 if found.poses is None:
                     if tell:
                         tqdm.write(f"{found.path}: {found.frame} frames, {of_video} poses")
@@ -336,8 +346,7 @@ def _predict(options: argparse.Namespace) -> int:
                     tqdm.write(f"{found.path}: {people} {'person' if people == 1 else 'people'}{best}")
     except BaseException:  # what is done is not lost
         if result["images"]:
-            result["info"]["incomplete"] = True
-            write_json(json_path, result)
+            save_incomplete()
         raise
 
     if result["images"] or not errors:

@@ -18,6 +18,11 @@ def _destination(path: str | Path) -> tuple[Path, bool]:
     return path.resolve() if path.is_symlink() else path, False
 
 
+def is_replaceable(path: str | Path) -> bool:
+    """Whether `path` can be written again and again, as a pipe or a device cannot."""
+    return not _destination(path)[1]
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file to write, moved to `path` if no exception ends the context. Missing parent folders are created.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -210,6 +211,30 @@ def test_an_interrupted_run_keeps_what_it_has(folder, photo, monkeypatch, capsys
     assert main(["predict", "in", "--quiet"]) == 130
     content = json.loads((folder / "poses" / "poses.json").read_text())
     assert content["info"]["incomplete"] and len(content["images"]) == len(content["annotations"]) == 1
+
+
+def test_a_long_run_saves_what_it_has_from_time_to_time(folder, photo, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("fastpose.cli.SAVE_AFTER", 0.0)
+    seen = []
+
+    def estimate(estimator, files, *args):
+        for file in files:
+            yield predict.Found(file, poses=estimator(photo))
+            if Path("poses/poses.json").is_file():
+                content = json.loads(Path("poses/poses.json").read_text())
+                seen.append((content["info"].get("incomplete", False), len(content["images"])))
+
+    files = sorted(Path("in").iterdir())[:3]
+    monkeypatch.setattr("fastpose.predict.estimate_files", estimate)
+    assert main(["predict", *map(str, files), "--quiet"]) == 0
+    assert seen == [(True, 0), (True, 1), (True, 2)]  # each before its own image is added
+    content = json.loads(Path("poses/poses.json").read_text())
+    assert "incomplete" not in content["info"] and len(content["images"]) == 3
+    os.mkfifo("pipe")
+    reader = subprocess.Popen(["cat", "pipe"], stdout=subprocess.PIPE)
+    assert main(["predict", *map(str, files), "--quiet", "--json", "pipe"]) == 0
+    assert len(json.loads(reader.communicate(timeout=20)[0])["images"]) == 3  # once, at the end
 
 
 def test_links_and_pipes_stay_what_they_are(tmp_path):
