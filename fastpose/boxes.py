@@ -49,9 +49,8 @@ def read_boxes(path: str | Path) -> dict[str, BoxesOfImage]:
     try:
         if isinstance(content, dict) and "images" in content and "annotations" in content:
             names = {image["id"]: image["file_name"] for image in content["images"]}
-            sizes = {image["file_name"]: image_size(image) for image in content["images"]}
             people = {c["id"] for c in content.get("categories") or [] if c.get("name") == "person"}
-            found = {name: BoxesOfImage(size=size) for name, size in sizes.items()}
+            found = {image["file_name"]: BoxesOfImage(size=image_size(image)) for image in content["images"]}
             for annotation in content["annotations"]:
                 if annotation.get("iscrowd") or (people and annotation.get("category_id") not in people):
                     continue

@@ -54,7 +54,7 @@ def coco(tmp_path) -> PoseData:
 
 def test_everybody_on_an_image(coco):
     store = SceneStore(coco, 1000)
-    assert len(store) == 5  # nobody is on the second image
+    assert len(store) == 5 and coco.annotated.files[store.indices[1]].name == "002.png"  # nobody is on the second image
     scene = store.get(1)
     at = np.flatnonzero([p.name == "002.png" for p in coco.images])
     assert scene.image.shape == (90, 120, 3) and np.allclose(scene.keypoints, coco.keypoints[at])
