@@ -513,7 +513,7 @@ def _export(options: argparse.Namespace) -> int:
     from fastpose.data.datasets import find_skeleton
     from fastpose.export import ExportError, export_onnx, export_torchscript, export_weights
     from fastpose.models._registry import check_codec, create_from, is_bottom_up, model_entry, read_weights
-    from fastpose.pipeline import check_settings
+    from fastpose.pipeline import with_settings
 
     checkpoint = read_weights(options.weights, options.model)
     model, info = create_from(checkpoint, options.model), checkpoint.info()
@@ -523,13 +523,14 @@ def _export(options: argparse.Namespace) -> int:
                 raise ValueError(f"--{name} is about programs, not weights")
         if options.precision != "float32":
             raise ValueError("--precision is about programs, not weights: choose where they are used")
-        changes = {name: value for name, value in _preparation(options).items() if value is not None}
-        if info is not None and (changes or options.skeleton):
-            option = "--" + next(iter(changes), "skeleton").replace("_", "-")
+        settings = ("codec", "input_size", "padding", "skeleton")
+        given = [name for name in settings if getattr(options, name) is not None]
+        if info is not None and given:
+            option = "--" + given[0].replace("_", "-")
             raise ValueError(f"{option}: {checkpoint.path} has its own, which can be changed where it is used only")
         skeleton = find_skeleton(options.skeleton) if options.skeleton else None
-        described = dataclasses.replace(describe_weights(checkpoint, options.model, skeleton), **changes)
-        check_settings(described, skeleton or described.get_skeleton(), model)
+        described = describe_weights(checkpoint, options.model, skeleton)
+        described, _ = with_settings(described, model, skeleton, **_preparation(options))
         bits = options.bits or 16
         export_weights(model, options.output, described, bits)
         print(f"{options.output}: weights of {bits} bits for create_model and PoseEstimator")

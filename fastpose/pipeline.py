@@ -186,13 +186,9 @@ class PoseEstimator:
         checkpoint = read_weights(weights, model)
         network = create_from(checkpoint, model)
         info = describe_weights(checkpoint, model, skeleton)
-        name = skeleton.name if isinstance(skeleton, Skeleton) else skeleton
-        changes: dict[str, Any] = {"skeleton": name, "padding": padding, "input_size": input_size}
-        changes["codec"] = get_codec(codec) if isinstance(codec, str) else codec
-        self.info: WeightsInfo = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})
-        self.model_name = info.model
-        self.skeleton: Skeleton = skeleton if isinstance(skeleton, Skeleton) else self.info.get_skeleton()
-        check_settings(self.info, self.skeleton, network)
+        chosen = get_codec(codec) if isinstance(codec, str) else codec
+        self.info, self.skeleton = with_settings(info, network, skeleton, chosen, input_size, padding)
+        self.model_name = self.info.model
         self.model = channels_last(network.to(self.device))
         if optimize:
             self.model = fastpose_optimize(self.model, self.info.input_size, precision)
@@ -205,8 +201,8 @@ class PoseEstimator:
             self.not_optimized = WHY_NOT
         self._crops_until_optimized = math.inf if optimize or self.not_optimized else OPTIMIZE_AFTER
         self.bottom_up = isinstance(self.info.codec, AssociativeEmbeddingCodec)
-        if self.bottom_up and (padding is not None or callable(detector) or detector == "hog"):
-            raise ValueError(f"{self.model_name} finds people itself: it takes neither a detector nor padding")
+        if self.bottom_up and (callable(detector) or detector == "hog"):
+            raise ValueError(f"{self.model_name} finds people itself: it takes no detector")
         self.detector, self.notice = make_detector("none" if self.bottom_up else detector)
         self.own_detector = callable(detector) and not self.bottom_up
         self.try_whole_image = isinstance(detector, str) and detector == "auto" and self.detector is not whole_image
@@ -579,16 +575,34 @@ def _local_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def check_settings(info: WeightsInfo, skeleton: Skeleton, network: nn.Module) -> None:
-    """Raise ValueError for what a user may have chosen and the network cannot do."""
-    check_number(skeleton, info.num_keypoints)
+def with_settings(
+    info: WeightsInfo,
+    network: nn.Module,
+    skeleton: str | Skeleton | None,
+    codec: Codec | None,
+    input_size: tuple[int, int] | None,
+    padding: float | None,
+) -> tuple[WeightsInfo, Skeleton]:
+    """`info` with what a user has chosen instead, where that is not None, and the keypoints.
+
+    Raises:
+        ValueError: something that the network cannot do.
+    """
+    name = skeleton.name if isinstance(skeleton, Skeleton) else skeleton
+    changes = {"skeleton": name, "codec": codec, "input_size": input_size, "padding": padding}
+    info = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+    keypoints = skeleton if isinstance(skeleton, Skeleton) else info.get_skeleton()
+    check_number(keypoints, info.num_keypoints)
     check_codec(info.model, info.codec)
+    if padding is not None and isinstance(info.codec, AssociativeEmbeddingCodec):
+        raise ValueError(f"padding: {info.model} sees whole images, not crops; got {padding}")
     if not info.padding > 0:
         raise ValueError(f"padding must be positive, got {info.padding}")
     multiple = int(getattr(network, "input_multiple", 1))
     sides = tuple(info.input_size)
     if len(sides) != 2 or not all(isinstance(n, int) and n > 0 and n % multiple == 0 for n in sides):
         raise ValueError(f"input_size must be (height, width), positive multiples of {multiple}, got {sides}")
+    return info, keypoints
 
 
 def check_boxes(boxes: Any, height: int, width: int, what: str = "boxes") -> Array:

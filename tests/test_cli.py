@@ -630,6 +630,9 @@ def test_keypoints_of_what_cannot_be_exported(tmp_path, capsys):
     torch.save(create_model(name).state_dict(), weights)
     assert main(["export", "--keypoints", "--model", name, "--weights", str(weights), str(tmp_path / "k.pt")]) == 2
     assert f"{name} is bottom-up; grouping keypoints into people cannot be exported" in capsys.readouterr().err
+    of_others = ["export", "--format", "safetensors", "--model", name, "--weights", str(weights)]
+    assert main([*of_others, "--padding", "1.1", str(tmp_path / "k.pt")]) == 2
+    assert f"padding: {name} sees whole images, not crops; got 1.1" in capsys.readouterr().err
     assert main(["export", "--keypoints", "--format", "safetensors", str(tmp_path / "k.pt")]) == 2
     assert "--keypoints is about programs, not weights" in capsys.readouterr().err
     for option in (["--codec", "udp"], ["--input-size", "64", "64"], ["--padding", "1.1"]):

@@ -557,9 +557,11 @@ def test_poses_can_be_looked_for(estimator, photo):
 
 
 def test_bottom_up_networks_take_no_detector():
-    for wrong in ({"detector": "hog"}, {"detector": lambda image: []}, {"padding": 2.0}):
-        with pytest.raises(ValueError, match="finds people itself: it takes neither a detector nor padding"):
+    for wrong in ({"detector": "hog"}, {"detector": lambda image: []}):
+        with pytest.raises(ValueError, match="finds people itself: it takes no detector"):
             PoseEstimator("lightweight_hrnet_448", **wrong)
+    with pytest.raises(ValueError, match="padding: lightweight_hrnet_448 sees whole images, not crops; got 2.0"):
+        PoseEstimator("lightweight_hrnet_448", padding=2.0)
 
 
 def test_nms_is_given_what_was_asked_for(photo, monkeypatch):

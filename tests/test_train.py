@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ from torch import nn
 
 import fastpose
 from fastpose import create_model
-from fastpose.checkpoints import read_info, resolve_weights
+from fastpose.checkpoints import read_info, resolve_weights, save_weights
 from fastpose.codecs import DarkHeatmapCodec, MSRAHeatmapCodec, SoftmaxHeatmapCodec, UDPHeatmapCodec
 from fastpose.config import read_config
 from fastpose.data import load_dataset, load_lspet
@@ -388,19 +388,26 @@ def test_a_teacher_is_imitated(lspet, tmp_path):
     plain, ignored = final(tmp_path / "plain"), final(tmp_path / "0")
     assert all(torch.allclose(plain[k], ignored[k], atol=1e-5) for k in plain)
 
-    images = torch.randn(4, 3, 48, 48)  # the teacher's size, so that nothing is enlarged
+    codec, images = SoftmaxHeatmapCodec(), torch.randn(4, 3, 48, 48)  # the teacher's size: nothing is enlarged
     logits = {}
     for path in (teacher, *(tmp_path / n / "final.safetensors" for n in ("none", "1"))):
         with torch.no_grad():
-            logits[path.parent.name] = create_model("mobileposenet", weights=path)(images)
-    target = SoftmaxHeatmapCodec().heatmaps(logits["teacher"])
-    apart = {k: float(SoftmaxHeatmapCodec().imitation_loss(v, target)) for k, v in logits.items()}
+            network = create_model("mobileposenet", weights=path)
+            logits[path.parent.name] = network(images)
+            if path == teacher:
+                once = codec.heatmaps(network(images))
+                mirrored = codec.heatmaps(network(images.flip(3))).flip(3)[:, LSP14.flip_indices]
+    apart = {k: float(codec.imitation_loss(v, (once + mirrored) / 2)) for k, v in logits.items()}
     assert apart["teacher"] < apart["1"] < apart["none"]
-    settings = short(lspet, tmp_path / "x", teacher=str(teacher), teacher_weight=0.7)
     targets = [48 * torch.rand(4, 14, 2), torch.ones(4, 14, dtype=torch.bool)]
-    loss = Teacher(settings, LSP14, torch.device("cpu")).loss(images, logits["none"], targets)
-    labels = float(SoftmaxHeatmapCodec().loss(logits["none"], *targets))
-    assert float(loss) == pytest.approx(0.3 * labels + 0.7 * apart["none"], rel=1e-4)
+    labels = float(codec.loss(logits["none"], *targets))
+    without = tmp_path / "without.safetensors"
+    info = read_info(teacher)
+    save_weights(without, load_file(teacher), replace(info, flip_test=False))
+    for path, imitated in ((teacher, apart["none"]), (without, float(codec.imitation_loss(logits["none"], once)))):
+        settings = short(lspet, tmp_path / "x", teacher=str(path), teacher_weight=0.7)
+        loss = Teacher(settings, LSP14, torch.device("cpu")).loss(images, logits["none"], targets)
+        assert float(loss) == pytest.approx(0.3 * labels + 0.7 * imitated, rel=1e-4)
 
 
 def test_unfit_teachers_are_named(lspet, tmp_path):

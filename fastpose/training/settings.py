@@ -57,8 +57,8 @@ class TrainConfig:
         validate_every: epochs between validations; limit: use only the first images of each split (0: all).
         memory: decoded people are kept in memory up to so many gigabytes per process, the others are read every time.
         teacher: a trained top-down network to learn from beside the labels, a name with shipped weights or a fastpose
-            file; teacher_weight: the share of its targets in the loss, the labels' is the rest; for bottom-up networks
-            in the loss on positions.
+            file, with flip test where its weights recommend it; teacher_weight: the share of its targets in the loss,
+            the labels' is the rest; for bottom-up networks in the loss on positions.
         init: weights to start from instead of random numbers, "default" or a file; if they are for other keypoints,
             everything but the last layer is taken.
         initialization: of a network without `init`: ``"torch"``: as PyTorch initialises layers; ``"hrnet"``: the

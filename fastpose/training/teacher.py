@@ -32,6 +32,8 @@ PEOPLE = 32  # of scenes through the teacher at a time
 class Teacher:
     """A trained top-down network that sees the crops of the one in training, resized to what it was trained with.
 
+    It sees them mirrored too where its weights recommend the flip test: a better teacher, above all of left and right.
+
     Raises:
         FileNotFoundError, ValueError: no such weights, or for other keypoints, or with another kind of heatmaps.
     """
@@ -53,6 +55,7 @@ class Teacher:
         self.codec: Codec = config.codec
         self.own_codec, self.weight = info.codec, config.teacher_weight
         self.size, self.padding = info.input_size, info.padding
+        self.flip_indices = info.get_skeleton().flip_indices if info.flip_test else None
         self.model: nn.Module = channels_last(create_from(checkpoint, info.model).to(device))
         if device.type == "cpu" and use_fused():
             with contextlib.suppress(NotOptimizable):  # the network itself gives the same numbers, slower
@@ -129,7 +132,12 @@ class Teacher:
         return extent / sides, (low + high + 1) / sides - 1
 
     def _heatmaps(self, crops: Tensor) -> Tensor:
-        return self.own_codec.heatmaps(self.model(crops.contiguous(memory_format=torch.channels_last)))
+        crops = crops.contiguous(memory_format=torch.channels_last)
+        heatmaps = self.own_codec.heatmaps(self.model(crops))
+        if self.flip_indices is None:
+            return heatmaps
+        mirrored = self.own_codec.heatmaps(self.model(crops.flip(3)))
+        return self.own_codec.average_flipped(heatmaps, mirrored, self.flip_indices)
 
 
 def _check_sizes(config: TrainConfig, size: tuple[int, int], path: object) -> None:
