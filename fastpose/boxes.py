@@ -40,7 +40,7 @@ def read_boxes(path: str | Path) -> dict[str, BoxesOfImage]:
         FileNotFoundError: no such file. ValueError: not JSON, or another structure.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():  # a pipe will do
         raise FileNotFoundError(f"boxes {path}: no such file")
     try:
         content = json.loads(path.read_text())
@@ -60,6 +60,8 @@ def read_boxes(path: str | Path) -> dict[str, BoxesOfImage]:
             for name, boxes in content.items():
                 if not isinstance(boxes, list):
                     raise ValueError(f"the entry {name!r} is {boxes!r:.60}, not a list of boxes")
+                if len(boxes) == 4 and not any(isinstance(box, (list, dict)) for box in boxes):
+                    content[name] = [boxes]  # one box, as `PoseEstimator` takes it
             return {name: BoxesOfImage(boxes, [1.0] * len(boxes)) for name, boxes in content.items()}
         if isinstance(content, list):
             found = {}

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import re
+import warnings
+import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import resources
@@ -239,9 +241,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> str:
 
     Accepted are fastpose files (safetensors) and what others published for the same networks (safetensors, or a
     PyTorch file, which is read with ``weights_only=True``): mmpose 1.x (keys ``backbone.``, ``head.``), mmpose 0.x
-    (``keypoint_head.``) and the original HRNet, SimpleBaseline and Lite-HRNet repositories (plain keys). Networks
-    of the Lite-HRNet family are switched to `legacy_fuse` by files that are not fastpose's, since those were trained
-    with it.
+    (``keypoint_head.``) and the original HRNet, SimpleBaseline and Lite-HRNet repositories (plain keys). Lite-HRNet,
+    X-HRNet and Dite-HRNet are switched to the published code's arithmetic (`legacy_fuse`, `legacy_pool`) by files that
+    are not fastpose's, since those were trained with it.
 
     Returns:
         The format that was recognised: ``"fastpose"``, ``"mmpose 1.x"``, ``"mmpose 0.x"`` or ``"original"``.
@@ -253,6 +255,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> str:
     """
     checkpoint = read_checkpoint(path)
     fill(model, checkpoint)
+    as_published = getattr(model, "as_published", None)
+    if checkpoint.layout != "fastpose" and callable(as_published):
+        as_published()
     return checkpoint.layout
 
 
@@ -288,10 +293,6 @@ def fill(model: nn.Module, checkpoint: Checkpoint, leave: Collection[str] = ()) 
             f"{'; '.join(problems[:5])}{more}{hint}"
         )
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in loaded.items()}, strict=False)
-    if checkpoint.layout != "fastpose":
-        for module in model.modules():
-            if hasattr(module, "legacy_fuse"):
-                module.legacy_fuse = True  # type: ignore[assignment]
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -339,7 +340,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def _read_pytorch(path: Path) -> dict[str, Tensor]:
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a program, before the error
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage happens to cause
         foreign = re.search(r"GLOBAL (\S+)", str(error))
@@ -348,13 +350,31 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
                 f"{path} holds a Python object ({foreign[1]}) beside its tensors, and reading that could run code. "
                 "If you trust its source, load it with PyTorch and save its 'state_dict' alone"
             ) from None
+        if _is_program(path):
+            raise ValueError(
+                f"{path} is a TorchScript program, for torch.jit.load; expected weights, as `fastpose export --format "
+                "safetensors` and `fastpose train` write them"
+            ) from None
         raise ValueError(f"{path} is neither a safetensors file nor a PyTorch checkpoint, or damaged") from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    ):
         raise ValueError(f"{path} holds no state dict: expected names and tensors, or those under 'state_dict'")
     return dict(content)
+
+
+def _is_program(path: Path) -> bool:
+    """Whether `torch.jit.save` wrote the file."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("/constants.pkl") for name in file.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _harmless() -> list[Any]:
@@ -448,10 +468,10 @@ def find_architecture(checkpoint: Checkpoint, name: str = "auto") -> tuple[str, 
         return (info.model if name == "auto" else name), info.num_keypoints, info.options
     if name != "auto":
         k = infer_num_keypoints(state, name)
-        return name, model_entry(name).num_keypoints if k is None else k, {}
+        return name, model_entry(name).num_keypoints if k is None else k, model_entry(name).of_others
     found = matching_models(state)
     if len(found) == 1:
-        return *found[0], {}
+        return *found[0], model_entry(found[0][0]).of_others
     names = ", ".join(n for n, _ in found)
     why = f"it fits more than one network: {names}" if found else f"no network has these names{_closest(state)}"
     raise ValueError(f"cannot tell the architecture of {checkpoint.layout} weights {checkpoint.path}: {why}")

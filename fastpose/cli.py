@@ -403,6 +403,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     from fastpose.checkpoints import is_fastpose, resolve_weights
     from fastpose.data import MISSING, UNREADABLE
+    from fastpose.data.coco import NO_RESULT
     from fastpose.data.datasets import IN_COCO_FORMAT
     from fastpose.distributed import rank
     from fastpose.evaluate import Evaluation, evaluate, to_text
@@ -451,7 +452,8 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
             quiet=options.quiet,
             share=True,
         )
-    lost = any(kind in result.report.findings for kind in (MISSING, UNREADABLE)) and not options.predictions
+    costly = (NO_RESULT,) if options.predictions else (MISSING, UNREADABLE)
+    lost = any(kind in result.report.findings for kind in costly)
     code = BAD_INPUT if lost else 0
     if rank() > 0:  # every process has the result, one is enough to tell
         return code

@@ -67,14 +67,14 @@ def _value(text: str, hint: Any, override: str) -> Any:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"configuration file {path} is not valid TOML: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"configuration file {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
@@ -111,7 +111,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         kinds = {getattr(a, "type", ""): a for a in args if a is not type(None)}
-        if len(kinds) == 1 or not isinstance(value, dict):
+        if len(kinds) > 1 and not isinstance(value, dict):
+            raise ValueError(
+                f"setting {where!r} is a group: choose {where}.type from {', '.join(kinds)}, got {value!r}"
+            )
+        if len(kinds) == 1:
             return _convert(next(iter(kinds.values())), value, where)
         kind = value.get("type", next(iter(kinds)))
         if kind not in kinds:

@@ -20,6 +20,7 @@ from fastpose.distributed import shared_map
 from fastpose.files import write_json
 from fastpose.geometry import crop_matrix
 from fastpose.images import Array, ImageError, write_image
+from fastpose.ops.oks_nms import check_threshold
 from fastpose.pipeline import WHOLE_IMAGE, PoseEstimator
 from fastpose.poses import Poses
 from fastpose.scoring import Score, check_metric, score_found, score_poses, score_results
@@ -148,6 +149,8 @@ def evaluate(
         difference = describe_difference(estimator.skeleton, data.skeleton)
         raise ValueError(f"the weights know {estimator.skeleton.name!r}, the data set has {difference}")
     check_metric(data)
+    if nms != "none":
+        check_threshold(nms, nms_threshold)
     skeleton = estimator.skeleton if data.skeleton.undefined else data.skeleton
     data = dataclasses.replace(data, skeleton=skeleton, report=copy.deepcopy(data.report))  # the caller's stays
     codec = estimator.info.codec

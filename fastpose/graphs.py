@@ -114,6 +114,9 @@ def _folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
 # torch.export keeps what it is at in global variables: one at a time, whichever thread asks
 EXPORTING = threading.RLock()
 CAPTURING = threading.RLock()  # see `capture`
+# For captures, one per device, of high priority: the other streams torch hands out in turn, so that one more would be
+# another thread's by and by, whose work would be captured too.
+STREAMS: dict[int, torch.cuda.Stream] = {}
 FAILED: list[torch.cuda.CUDAGraph] = []  # torch 2.11 keeps a pointer to a graph whose capture failed
 
 _Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
@@ -123,9 +126,9 @@ class Graphed(nn.Module):
     """A network for inference on a CUDA device: images [B, C, H, W] in, what the original returns out, in float32.
 
     From the second call with a shape and dtype on, that is replayed as a CUDA graph; there are up to `MOST_GRAPHS`, of
-    which the one that was not used for longest makes room. Where capturing fails the network is run call by call, and a
-    warning says so once. Moving the module or changing its dtype forgets the graphs; what replaces the tensors of
-    `network` otherwise is not seen. Not scriptable: script `network`.
+    which the one that was not used for longest makes room. A shape for which capturing fails is run call by call, and a
+    warning says so; if it is the first, no other is tried. Moving the module or changing its dtype forgets the graphs
+    and the failures; what replaces the tensors of `network` otherwise is not seen. Not scriptable: script `network`.
 
     Attributes:
         network: what is captured, batch norm folded, in the dtype of `precision`; layout: of its maps and weights.
@@ -149,7 +152,8 @@ class Graphed(nn.Module):
         self.input_multiple = int(getattr(model, "input_multiple", 1))
         self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()
         self._calls: Counter[_Key] = Counter()
-        self._capture_failed = False
+        self._failed: set[_Key] = set()
+        self._cannot = False  # be captured at all
         self._lock = threading.Lock()
         self.eval()
 
@@ -167,6 +171,8 @@ class Graphed(nn.Module):
         with self._lock:  # graphs read the weights where they were
             self._forget()
             self._calls.clear()
+            self._failed.clear()
+            self._cannot = False
             super()._apply(*args, **kwargs)
             self.dtype = next((p.dtype for p in self.network.parameters()), self.dtype)
         return self
@@ -178,7 +184,7 @@ class Graphed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: graphs and locks stay here."""
-        state = {**self.__dict__, "_graphs": OrderedDict(), "_calls": Counter()}
+        state = {**self.__dict__, "_graphs": OrderedDict(), "_calls": Counter(), "_failed": set()}
         del state["_lock"]
         return state
 
@@ -187,7 +193,7 @@ class Graphed(nn.Module):
         self._lock = threading.Lock()
 
     def _may_capture(self, x: Tensor) -> bool:
-        return x.is_cuda and x.numel() > 0 and not self._capture_failed and not torch.cuda.is_current_stream_capturing()
+        return x.is_cuda and x.numel() > 0 and not self._cannot and not torch.cuda.is_current_stream_capturing()
 
     def _compute(self, x: Tensor) -> Any:
         outputs = self.network(x.to(self.dtype, memory_format=self.layout))
@@ -198,22 +204,30 @@ class Graphed(nn.Module):
         key = (x.device, x.dtype, tuple(x.shape))
         self._calls[key] += 1
         enough = CAPTURE_AFTER if len(self._graphs) < MOST_GRAPHS else REPLACE_AFTER
-        if key not in self._graphs and self._calls[key] >= enough:
-            while len(self._graphs) >= MOST_GRAPHS:
-                oldest, graph = self._graphs.popitem(last=False)
-                graph.free.synchronize()  # another stream may still be reading its memory
-                self._calls[oldest] = 0
+        if key not in self._graphs and key not in self._failed and self._calls[key] >= enough:
+            self._compute(x)  # raises what is wrong with the call, whether captured or not
+            self._make_room()
             try:
                 self._graphs[key] = _Graph(self._compute, x)
-            except RuntimeError as error:  # out of memory too
-                self._forget()
-                self._capture_failed = True
+            except RuntimeError as error:
+                self._failed.add(key)
+                if isinstance(error, torch.OutOfMemoryError):
+                    self._forget()  # for the call itself
+                else:
+                    self._cannot = not self._graphs
                 first = str(error).partition("\n")[0]
                 what = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
                 warnings.warn(f"fastpose: no CUDA graph for {what}, running call by call: {first}", stacklevel=4)
         if key in self._graphs:
             self._graphs.move_to_end(key)
         return self._graphs.get(key)
+
+    def _make_room(self) -> None:
+        """For one graph more. Here and not where that is made: none may be left in a variable, with its memory."""
+        while len(self._graphs) >= MOST_GRAPHS:
+            oldest, graph = self._graphs.popitem(last=False)
+            graph.free.synchronize()  # another stream may still be reading its memory
+            self._calls[oldest] = 0
 
 
 class _Graph:
@@ -249,7 +263,10 @@ def capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
 
 
 def _capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    here, device = torch.cuda.current_stream(), torch.cuda.current_device()
+    if device not in STREAMS:
+        STREAMS[device] = torch.cuda.Stream(priority=-1)
+    aside = STREAMS[device]
     aside.wait_stream(here)
     with torch.cuda.stream(aside):  # libraries choose their kernels and set themselves up
         for _ in range(3):
@@ -266,6 +283,7 @@ def _capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
             results = call()
     except BaseException:
         FAILED.append(graph)
+        del STREAMS[device]  # whatever state it is left in
         _end_capture(pool)
         raise
     return graph, results
@@ -278,5 +296,6 @@ def _end_capture(pool: Any) -> None:
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
     with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
         one = torch.ones(1, device="cuda")
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        other = torch.cuda.Stream(priority=-1)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=other, capture_error_mode="thread_local"):
             one.add_(1)  # the end of a capture that succeeds resets the generator

@@ -161,6 +161,7 @@ def to_rgb(image: Any, channel_order: str) -> Array:
             image = image.transpose(1, 2, 0)
     if not isinstance(image, np.ndarray):
         raise ImageError(f"image must be a path, array, PIL image or tensor, got {type(image).__name__}")
+    image = np.asarray(image)  # np.matrix stays two-dimensional whatever is done to it
     if image.ndim == 2:
         image = image[:, :, None]
     if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
@@ -182,7 +183,7 @@ def find_images(source: str) -> list[Path]:
     """Image files meant by a path, folder or glob, sorted; a folder is not searched recursively.
 
     Raises:
-        ImageError: nothing there: missing path, folder without images, pattern without matches.
+        ImageError: nothing there: missing path, folder without images, pattern without matches; a pipe.
     """
     path = Path(source)
     if path.is_dir():
@@ -190,6 +191,8 @@ def find_images(source: str) -> list[Path]:
         if not found:
             raise ImageError(f"{source}: the folder has no image files ({', '.join(sorted(SUFFIXES))})")
         return found
+    if path.exists() and not path.is_file():
+        raise ImageError(f"{path} is neither a file nor a folder; write what comes through a pipe to a file first")
     if path.exists():
         return [path]
     if glob.has_magic(source):

@@ -36,6 +36,7 @@ from fastpose.layers import channels_last
 from fastpose.models._registry import check_codec, create_from, read_weights
 from fastpose.ops import oks_nms, rescore, use_fused
 from fastpose.ops._backend import WHY_NOT
+from fastpose.ops.oks_nms import check_threshold
 from fastpose.plan import NotOptimizable
 from fastpose.plan import optimize as fastpose_optimize
 from fastpose.poses import Poses
@@ -174,6 +175,8 @@ class PoseEstimator:
             raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
         if nms not in ("hard", "soft", "parallel", "none"):
             raise ValueError(f"nms must be 'hard', 'soft', 'parallel' or 'none', got {nms!r}")
+        if nms != "none":
+            check_threshold(nms, nms_threshold)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device = _local_device("cpu" if device is None else device)
@@ -567,6 +570,8 @@ def _local_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {str(name)!r}")
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count()
@@ -599,7 +604,7 @@ def with_settings(
     if not info.padding > 0:
         raise ValueError(f"padding must be positive, got {info.padding}")
     multiple = int(getattr(network, "input_multiple", 1))
-    sides = tuple(info.input_size)
+    sides = tuple(info.input_size) if isinstance(info.input_size, (tuple, list)) else (info.input_size,)
     if len(sides) != 2 or not all(isinstance(n, int) and n > 0 and n % multiple == 0 for n in sides):
         raise ValueError(f"input_size must be (height, width), positive multiples of {multiple}, got {sides}")
     return info, keypoints

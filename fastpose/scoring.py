@@ -147,7 +147,7 @@ def score_results(
     seen = truth.visible & counted[:, None]
     return Score(
         "AP",
-        100 * result.ap if counted.any() else float("nan"),
+        100 * result.ap if counted.any() and result.ap >= 0 else float("nan"),  # -1: nobody is of a size that counts
         result.to_dict(),
         _by_name(skeleton, np.where(seen, similar, 0).sum(0), seen.sum(0)),
         int(counted.sum()),

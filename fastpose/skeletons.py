@@ -186,7 +186,7 @@ def read_skeleton(path: str | Path) -> Skeleton:
     if path.suffix.lower() not in (".toml", ".json"):
         raise ValueError(f"skeleton file {path} must end in .toml or .json")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix.lower() == ".json" else _tomllib().loads(text)
     except ValueError as error:  # both decoders' errors and a wrong encoding
         raise ValueError(f"skeleton file {path} is not valid {path.suffix[1:].upper()}: {error}") from None

@@ -59,6 +59,7 @@ from fastpose.training.records import (
 )
 from fastpose.training.samples import (
     Store,
+    check_splits,
     check_validation,
     load_split,
     make_dataset,
@@ -100,6 +101,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
     torch.manual_seed(config.seed)
 
     train_data, val_data = (load_split(config, split) for split in config.splits)
+    check_splits(config, train_data, val_data)
     val_data = scenes_to_validate(config, val_data, output, resume) if config.bottom_up else val_data
     check_validation(val_data)
     data = {"train": fingerprint(train_data), "val": fingerprint(val_data)}
@@ -144,7 +146,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
             random=random_state(device),
         )
 
-    saved, told = time.time(), val_data.report.to_dict()
+    saved, told = time.time(), [data.report.to_dict() for data in (train_data, val_data)]
     column = {"PCK@0.2": "val_pck", "PCKh@0.5": "val_pckh", "AP": "val_ap"}[val_data.metric]
     progress = tqdm(total=schedule.total, initial=step, desc=config.model, unit="step", disable=quiet or not first)
     stage_end = 0
@@ -194,9 +196,12 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
             better = result >= best or (math.isnan(result) and best < 0)
             best = result if result >= best else best
             if first:
-                if used.report.to_dict() != told:  # images that could not be read this time
-                    told = used.report.to_dict()
-                    report_data(output / "data.json", told=("train",), train=train_data, val=used)
+                store.report_others()
+                found = [data.report.to_dict() for data in (train_data, used)]
+                if found != told:  # images that could not be read this time
+                    known = ("train", "val") if found[1] == told[1] else ("train",)
+                    report_data(output / "data.json", told=known, train=train_data, val=used)
+                    told = found
                 log.write(
                     step=step,
                     epoch=round((step - stage_start) / per_epoch, 2),
@@ -233,8 +238,9 @@ def _check_output(config: TrainConfig, output: Path, resume: bool) -> bool:
     output.mkdir(parents=True, exist_ok=True)
     wait_for_all()
     if rank() == 0:
-        for left in output.glob(".*.pt"):  # of writing that was killed
-            left.unlink(missing_ok=True)
+        for name in ("last", "candidate", "final", "log", "config", "data", "nan_batch"):
+            for left in output.glob(f".{name}.*"):  # of writing that was killed
+                left.unlink(missing_ok=True)
         if resume and not saved:
             print(f"fastpose: {output} was killed before it saved anything; it begins again", file=sys.stderr)
     return saved

@@ -127,8 +127,13 @@ def write_mpii(folder: Path, count: int = 6, split: str = "valid") -> tuple[np.n
     return joints, labelled, heads
 
 
-def write_mpii_official(folder: Path, count: int = 9) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The official .mat: `count` training images with one person, then one without position, and a test image."""
+def write_mpii_official(
+    folder: Path, count: int = 9, odd: dict[int, dict[str, Any]] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The official .mat: `count` training images with one person, then one without position, and a test image.
+
+    odd: fields of people by image.
+    """
     from scipy.io import savemat
 
     joints, labelled, heads = mpii_people(count)
@@ -141,6 +146,7 @@ def write_mpii_official(folder: Path, count: int = 9) -> tuple[np.ndarray, np.nd
         ]
         person = dict(zip(("x1", "y1", "x2", "y2"), heads[i], strict=True))
         person |= {"scale": 0.4, "objpos": {"x": 60.0, "y": 45.0}, "annopoints": {"point": _struct(points)}}
+        person |= (odd or {}).get(i, {})
         records.append({"image": {"name": f"{i:05d}.png"}, "annorect": _struct([person])})
         picture(folder / "images" / f"{i:05d}.png", joints[i : i + 1] - 1)
     records.append({"image": {"name": "00000.png"}, "annorect": _struct([{"scale": 1.0}])})

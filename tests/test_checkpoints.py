@@ -8,6 +8,7 @@ import torch
 
 import fastpose
 from fastpose.checkpoints import WeightsInfo, read_info, save_weights
+from fastpose.cli import main
 from fastpose.codecs import SoftmaxHeatmapCodec
 from tests.test_models import build
 
@@ -159,3 +160,25 @@ def test_a_file_is_read_once(kind, tmp_path, monkeypatch):
         opened.clear()
         use()
         assert len(opened) == 1
+
+
+@pytest.mark.parametrize("name", ["lite_hrnet_18", "naive_lite_hrnet_18", "x_hrnet_30", "dite_hrnet_30"])
+def test_weights_of_others_compute_what_they_were_trained_with(tmp_path, name):
+    """The exchange of the published code, whose parameters have the same names and shapes as ours."""
+    flags = {"legacy_fuse": True} | ({"legacy_pool": True} if name.startswith("dite") else {})
+    theirs, ours = build(name, **flags), build(name)
+    path, x = tmp_path / "w.pth", torch.randn(1, 3, 64, 96)
+    torch.save(theirs.state_dict(), path)
+    before = list(ours.parameters())
+    assert fastpose.load_checkpoint(ours, path) == "original" and ours.config == theirs.config
+    assert all(a is b for a, b in zip(before, ours.parameters(), strict=True))  # an optimizer may hold them
+    made, plain = (fastpose.create_model(name, weights=path, **more) for more in ({}, {"legacy_fuse": False}))
+    file = str(tmp_path / "w.safetensors")
+    assert main(["export", "--format", "safetensors", "--model", name, "--weights", str(path), file]) == 0
+    again = fastpose.create_model("auto", weights=file)
+    with torch.no_grad():
+        expected = theirs(x)
+        for model in (ours, made, torch.jit.script(ours)):
+            assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert (again(x) - expected).abs().max() < 0.02 * expected.abs().max()  # 16 bits
+        assert (plain(x) - expected).abs().max() > 0.1 * expected.abs().max()

@@ -688,3 +688,35 @@ def test_validate_data(tmp_path):
     assert report["findings"]["image cannot be read"]["count"] == 1
     done = fastpose("validate-data", "data", "--dataset", "coco", "--no-images", "--split", "train", cwd=tmp_path)
     assert done.returncode == 2 and "person_keypoints_train2017.json does not exist" in done.stderr
+
+
+def test_one_box_alone_is_a_box(tmp_path, photo):
+    for name in "ab":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), photo)
+    height, width = photo.shape[:2]
+    box, boxes = [0, 0, width, height], tmp_path / "boxes.json"
+    boxes.write_text(json.dumps({"a.png": box, "b.png": [box, box]}))
+    found = [str(tmp_path / f"{name}.png") for name in "ab"]
+    assert main(["predict", *found, "--boxes", str(boxes), "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    content = json.loads((tmp_path / "out" / "poses.json").read_text())
+    assert [a["image_id"] for a in content["annotations"]] == [1, 2, 2]
+
+
+def test_programs_and_pipes_are_named_as_what_they_are(tmp_path, photo, capsys):
+    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "m.pt"))
+    cv2.imwrite(str(tmp_path / "a.png"), photo)
+    os.mkfifo(tmp_path / "pipe.png")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pth")
+    run = ["predict", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
+    for arguments, message in (
+        (
+            [*run, "--weights", str(tmp_path / "m.pt")],
+            "m.pt is a TorchScript program, for torch.jit.load; expected weights",
+        ),
+        ([*run, "--weights", str(tmp_path / "numbered.pth")], "numbered.pth holds no state dict"),
+        (["predict", str(tmp_path / "pipe.png")], "pipe.png is neither a file nor a folder"),
+        ([*run, "--device", "mps"], "device must be 'cpu', 'cuda' or 'cuda:N', got 'mps'"),
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert message in said and "Warning" not in said

@@ -276,7 +276,7 @@ def test_results_survive_the_round_trip(tmp_path):
     without = [{k: v for k, v in entry.items() if k != "category_id"} for entry in entries[: len(data)]]
     report = Report()
     assert len(from_results(others, data.annotated, report)) == 0 and len(from_results(without, data.annotated)) == 10
-    assert kinds(report) == {"result of another category than 1": 10}
+    assert kinds(report) == {"result of another category than 1": 10, "no result is left": 1}
     boxed = [{**entry, "bbox": [0, 0, 10, 20]} for entry in entries[:3]]
     assert from_results(boxed, data.annotated).areas.tolist() == [200, 200, 200]
 
@@ -327,6 +327,31 @@ def test_mpii_official(tmp_path):
     assert [p.name for p in valid.images] == ["00000.png", "00008.png"] and len(train) == 7
 
 
+def test_mpii_official_with_odd_numbers(tmp_path):
+    """A person whose numbers cannot be read costs nobody else; another structure is named."""
+    pytest.importorskip("scipy")
+    odd = {
+        1: {"objpos": {"x": np.zeros(0), "y": 45.0}},
+        2: {"objpos": 7.0},
+        3: {"scale": np.array([0.4, 0.5])},
+        4: {"objpos": {"x": np.nan, "y": 45.0}},
+        5: {"annopoints": {"point": {"x": np.array([1.0, 2.0]), "y": 1.0, "id": 3}}},
+        6: {"annopoints": {"point": {"x": 1.0, "y": 1.0, "id": "zero"}}},
+        7: {"annopoints": {"point": {"x": np.inf, "y": 1.0, "id": 3}}},
+    }
+    datasets.write_mpii_official(tmp_path, odd=odd)
+    data = load_dataset("mpii", tmp_path, "trainval")
+    assert [p.name for p in data.images] == ["00000.png", "00008.png"]
+    assert data.report.findings["person whose numbers cannot be read"].count == 7 == data.report.wrong
+    from scipy.io import savemat
+
+    path = tmp_path / "mpii_human_pose_v1_u12_1.mat"
+    for release in ({"version": "12"}, 7.0, np.zeros((0, 0)), {"annolist": [1.0, 2.0], "img_train": [1.0]}):
+        savemat(path, {"RELEASE": release})
+        with pytest.raises(ValueError, match="u12_1.mat: expected a struct RELEASE with as many img_train as annolist"):
+            load_dataset("mpii", tmp_path, "trainval")
+
+
 def test_lsp(tmp_path):
     scipy_io = pytest.importorskip("scipy.io")
     joints = np.random.default_rng(0).uniform(5, 80, (3, 14, 2000))
@@ -339,6 +364,29 @@ def test_lsp(tmp_path):
     assert [p.name for p in train.images] == ["im0001.jpg", "im0002.jpg"] and len(test) == 2 and train.labelled.all()
     assert np.allclose(test.keypoints[1], joints[:2, :, 1999].T)
     assert kinds(train.report) == {"image file missing": 997, "image cannot be read": 1}
+    few = load_dataset("lsp", tmp_path, "train", limit=2)
+    assert [p.name for p in few.images] == ["im0001.jpg", "im0002.jpg"] and not few.report.findings
+
+
+def test_files_from_other_systems(tmp_path):
+    """A byte order mark, as Windows writes it; names that no file can have."""
+    content = datasets.coco_content(("a", "b"), 6)
+    datasets.write_coco(tmp_path, content, "annotations.json", "images")
+    content["images"][3]["file_name"] = "x" * 300 + ".png"
+    (tmp_path / "annotations.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    (tmp_path / "skeleton.toml").write_text('names = ["a", "b"]', encoding="utf-8-sig")
+    data = load_dataset("custom", tmp_path, "all")
+    assert data.skeleton.names == ("a", "b") and len(data.image_files()) == 5
+    assert kinds(data.report) == {"image file missing": 1}
+
+
+def test_several_categories_are_told(tmp_path):
+    content = datasets.coco_content(("a", "b"))
+    content["categories"].append({"id": 2, "name": "dog", "keypoints": ["a", "b"]})
+    datasets.write_coco(tmp_path, content, "annotations.json", "images")
+    data = load_dataset("custom", tmp_path, "all")
+    assert kinds(data.report) == {"category with the same keypoints as another (they are scored as one)": 2}
+    assert data.report.wrong == 0
 
 
 def test_custom_with_nothing_but_the_least(tmp_path):

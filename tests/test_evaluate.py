@@ -448,3 +448,43 @@ def test_results_of_another_metric_are_refused_before_the_work(tmp_path, capsys,
     command = ["evaluate", str(tmp_path), "--dataset", "coco", "--metric", "PCK@0.2", "--results"]
     assert main([*command, str(tmp_path / "r.json")]) == 2
     assert "--results: only AP has results in COCO's format, the metric here is PCK@0.2" in capsys.readouterr().err
+
+
+def test_results_of_nothing_here_are_told(tmp_path, capsys):
+    from fastpose.cli import main
+
+    content = datasets.write_standard_coco(tmp_path)
+    entry = {"image_id": 10, "category_id": 1, "keypoints": content["annotations"][0]["keypoints"], "score": 1.0}
+    file = tmp_path / "r.json"
+    given = ["evaluate", str(tmp_path), "--dataset", "coco", "--predictions", str(file)]
+    for entries in ([{**entry, "image_id": "10"}], [{**entry, "category_id": 0}]):
+        file.write_text(json.dumps(entries))
+        assert main(given) == 2
+        assert f"no result is left: 1 (of {len(entries)})" in capsys.readouterr().err
+    for entries in ([entry], []):  # nobody found is a result too
+        file.write_text(json.dumps(entries))
+        assert main(given) == 0 and not capsys.readouterr().err
+
+
+def test_nobody_of_a_size_that_counts(coco_data):
+    """pycocotools says -1; people of more than 1e10 square pixels are in none of its ranges."""
+    people = replace(coco_data.annotated.people, areas=np.full(len(coco_data.annotated.people.areas), 2e10))
+    data = replace(coco_data, annotated=replace(coco_data.annotated, people=people))
+    assert np.isnan(evaluate(Oracle(data), data).score.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nms_threshold": 7.0}, "threshold of method 'hard' is an OKS, from 0 to 1, got 7.0"),
+        ({"nms_threshold": float("nan")}, "is an OKS, from 0 to 1, got nan"),
+        ({"nms": "soft", "nms_threshold": float("nan")}, "threshold must be a number, got nan"),
+    ],
+)
+def test_thresholds_that_nothing_passes_are_refused_before_the_work(coco_data, settings, message):
+    oracle = Oracle(coco_data)
+    with pytest.raises(ValueError, match=message):
+        evaluate(oracle, coco_data, **settings)
+    assert oracle.calls == 0
+    with pytest.raises(ValueError, match=message):
+        PoseEstimator(**settings)

@@ -6,6 +6,8 @@ import copy
 import pickle
 import threading
 import time
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -77,7 +79,9 @@ class Replay:
 
     def __init__(self, compute, x):
         if x.shape[0] == 7:
-            raise RuntimeError("out of memory\nand so on")
+            raise RuntimeError("not permitted\nand so on")
+        if x.shape[0] == 8:
+            raise torch.OutOfMemoryError("out of memory")
         self.compute, self.free = compute, self
         self.made.append(tuple(x.shape))
 
@@ -110,7 +114,7 @@ def test_one_thread_captures_at_a_time(monkeypatch):
 
 def test_graphs_are_made_for_shapes_that_return(monkeypatch):
     monkeypatch.setattr(graphs, "_Graph", Replay)
-    monkeypatch.setattr(Graphed, "_may_capture", lambda self, x: not self._capture_failed)
+    monkeypatch.setattr(Graphed, "_may_capture", lambda self, x: not self._cannot)
     monkeypatch.setattr(Replay, "made", [])
     model = build("mobileposenet", num_keypoints=2)
     fast = Graphed(model)
@@ -126,13 +130,67 @@ def test_graphs_are_made_for_shapes_that_return(monkeypatch):
             assert torch.allclose(fast(x), model(x.float()), atol=1e-4)
         assert Replay.made[2:] == [(2, 3, 32, 32)] and len(fast._graphs) == 3
 
-        x = torch.randn(7, 3, 32, 32)
-        expected = fast(x)
-        with pytest.warns(UserWarning, match=r"no CUDA graph for float32 \[7, 3, 32, 32\], .*: out of memory$"):
-            assert torch.equal(fast(x), expected)
-        assert torch.equal(fast(x), expected) and not fast._graphs
     with pytest.raises(RuntimeError, match="has no gradient"):
         fast(torch.zeros(1, 3, 32, 32, requires_grad=True))
+
+
+def test_a_capture_that_fails_costs_the_others_nothing(monkeypatch):
+    monkeypatch.setattr(graphs, "_Graph", Replay)
+    monkeypatch.setattr(Graphed, "_may_capture", lambda self, x: not self._cannot)
+    fast = Graphed(build("mobileposenet", num_keypoints=2))
+    images = {n: torch.randn(n, 3, 32, 32) for n in (1, 7, 8)}
+
+    def captured():
+        return [shape[0] for _, _, shape in fast._graphs]
+
+    def fails(n, why):
+        expected = fast(images[n])
+        with pytest.warns(UserWarning, match=rf"no CUDA graph for float32 \[{n}, 3, 32, 32\], .*: {why}$"):
+            assert torch.equal(fast(images[n]), expected)
+        kept = captured()
+        with warnings.catch_warnings(action="error"):  # not tried again
+            assert torch.equal(fast(images[n]), expected)
+        return kept
+
+    fast(images[1]), fast(images[1])
+    assert fails(7, "not permitted") == [1]
+    assert fails(8, "out of memory") == []  # the call itself may need what graphs held
+    fast(images[1])
+    assert captured() == [1]
+    for _ in range(3):
+        with pytest.raises(ValueError, match="must be"):  # the call is wrong, and nothing else
+            fast(torch.zeros(1, 3, 32, 33))
+    assert captured() == [1]
+    fast.float()
+    assert captured() == []
+    assert fails(7, "not permitted") == []  # again, since the weights are elsewhere; and as the first it is the last
+    fast(images[1]), fast(images[1])
+    assert captured() == []
+    fast.float()
+    fast(images[1]), fast(images[1])
+    assert captured() == [1]
+
+
+def test_the_memory_of_a_graph_that_goes_is_free_for_the_next(monkeypatch):
+    alive = []
+
+    class Held(Replay):
+        def __init__(self, compute, x):
+            super().__init__(compute, x)
+            alive.append(weakref.ref(self))
+            most.append(sum(ref() is not None for ref in alive))
+            self.free = Replay(compute, x)
+
+    most: list[int] = []
+    monkeypatch.setattr(graphs, "_Graph", Held)
+    monkeypatch.setattr(Graphed, "_may_capture", lambda self, x: True)
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    fast = Graphed(build("mobileposenet", num_keypoints=2))
+    fast.network = torch.nn.Identity()
+    for batch in (1, 2, 3):
+        for _ in range(graphs.REPLACE_AFTER):
+            fast(torch.zeros(batch, 3, 32, 32))
+    assert most == [1, 2, 2]
 
 
 def test_few_graphs_and_many_shapes(monkeypatch):

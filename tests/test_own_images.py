@@ -85,6 +85,75 @@ def test_other_data_sets_train(tmp_path, dataset):
     assert 0 <= float(row[column]) <= 100
 
 
+def settings_of(mice, run, *more):
+    return ["train", "--config", "own_images", "--quiet", f"data={mice}", f"output={run}", *more]
+
+
+SHORT = "stages=[{size=[32,32],epochs=1,batch_size=2}]"
+
+
+def test_splits_that_do_not_fit_are_refused_before_the_first_step(tmp_path, capsys):
+    names = {"train": NAMES, "val": (NAMES[0], NAMES[2], NAMES[1], NAMES[3])}
+    for split, keypoints in names.items():
+        datasets.write_coco(tmp_path, datasets.coco_content(keypoints, 4, 1), f"{split}.json", "images")
+    assert main(settings_of(tmp_path, tmp_path / "run", SHORT)) == 2
+    said = capsys.readouterr().err
+    assert "the splits have other keypoints: 'train' has 'custom', 'val' has 'custom', whose keypoint 1 is" in said
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_images_in_both_splits_are_told(mice, tmp_path, capsys):
+    (mice / "train.json").write_bytes((mice / "annotations.json").read_bytes())
+    assert main(settings_of(mice, tmp_path / "run", SHORT)) == 0
+    assert "2 images are in 'train' and in 'val': the validation says little about others" in capsys.readouterr().err
+
+
+def test_too_few_images(tmp_path, capsys):
+    for images, message in (
+        (1, "has too few images, 1, for the split 'train': of every five the first is in 'val'"),
+        (5, "the data set has 3 samples, fewer than one batch of 4: give the stages a smaller batch_size"),
+    ):
+        folder = tmp_path / str(images)
+        datasets.write_coco(folder, datasets.coco_content(NAMES, images, 1), "annotations.json", "images")
+        stages = "stages=[{size=[32,32],epochs=1,batch_size=4}]"
+        assert main(settings_of(folder, folder / "run", stages)) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("options.foo=1", "mobileposenet cannot be made with {'foo': 1}: "),
+        ("options.blocks=3", "mobileposenet cannot be made with {'blocks': 3}: "),
+        ("stages=[{size=[64,64],epochs=inf,batch_size=4}]", "stages need a positive size, number of epochs"),
+        ("stages=[{size=[64,64],epochs=nan,batch_size=4}]", "stages need a positive size, number of epochs"),
+        ("codec=msra", "setting 'codec' is a group: choose codec.type from softmax, "),
+    ],
+)
+def test_wrong_settings_are_named(mice, tmp_path, capsys, setting, message):
+    assert main(settings_of(mice, tmp_path / "run", SHORT, setting)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_a_kill_leaves_is_cleared_away(mice, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".last.1.pt", ".candidate.2.safetensors", ".final.3.safetensors", ".log.4.csv", ".hidden"):
+        (run / name).write_bytes(b"half")
+    assert main(settings_of(mice, run, SHORT)) == 0
+    assert [path.name for path in run.glob(".*")] == [".hidden"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_met_late_are_recorded(mice, tmp_path, capfd, workers):
+    (mice / "images" / "007.png").write_bytes(b"broken")
+    more = ("memory=0", f"workers={workers}", "stages=[{size=[32,32],epochs=4,batch_size=2}]", "validate_every=2")
+    assert main(settings_of(mice, tmp_path / "run", *more)) == 0
+    assert capfd.readouterr().err.count("trained without") in ((1,) if workers == 0 else (1, 2))  # at the same time
+    found = json.loads((tmp_path / "run" / "data.json").read_text())["train"]["findings"]
+    assert found["image cannot be read"]["count"] == 1 and "007.png" in found["image cannot be read"]["examples"][0]
+
+
 def test_training_goes_on_without_images_that_break(mice, tmp_path, capsys):
     (mice / "images" / "002.png").write_bytes(b"broken")
     (mice / "images" / "003.png").unlink()

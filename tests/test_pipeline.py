@@ -551,6 +551,15 @@ def test_pil_images_whose_range_nobody_knows(mode):
         to_rgb(PIL.Image.new(mode, (8, 8)), "rgb")
 
 
+def test_matrices_are_arrays():
+    assert to_rgb(np.ones((4, 5), np.uint8).view(np.matrix), "rgb").shape == (4, 5, 3)
+
+
+def test_a_size_is_two_numbers():
+    with pytest.raises(ValueError, match=r"input_size must be \(height, width\), .* multiples of 16, got \(256,\)"):
+        PoseEstimator(input_size=256)
+
+
 def test_poses_can_be_looked_for(estimator, photo):
     first, second = estimator([photo, photo])
     assert first in [second, first] and first != second and len({first, second, first}) == 2

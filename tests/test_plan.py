@@ -750,6 +750,28 @@ def test_operations_in_place():
             optimize(Multiple(Writes(case), 1), (8, 8))
 
 
+def test_the_exchange_of_the_published_code():
+    compare(build("naive_lite_hrnet_18", legacy_fuse=True), (1, 3, 64, 96), size=(64, 64))
+
+
+class BandLast(nn.Module):
+    """Attention over channels (ECA) whose filter is the last of the network's numbers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.band = nn.Conv2d(3, channels, 3, padding=1), nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        y = self.first(x)
+        gate = torch.sigmoid(self.band(y.mean((2, 3)).unsqueeze(1)))
+        return y * gate.transpose(1, 2).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("channels", [16, 17, 40])
+def test_a_filter_over_channels_may_come_last(channels):
+    compare(BandLast(channels), (1, 3, 8, 8), (2, 3, 5, 7))
+
+
 def test_what_is_not_understood_is_named():
     with pytest.raises(NotOptimizable, match="DiteHRNet: aten.flatten.* is not in the table of patterns"):
         optimize(fastpose.create_model("dite_hrnet_30"))

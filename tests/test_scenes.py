@@ -414,6 +414,7 @@ def test_a_teacher_sees_each_person_of_a_scene(tmp_path, size):
         return 20 * F.avg_pool2d(crops[:, :1], 4).repeat(1, 14, 1, 1)
 
     teacher.model, teacher.size = brightest, size
+    mirrors, teacher.flip_indices = teacher.flip_indices, None
     scenes = 60
     keypoints, valid = torch.full((scenes + 2, 2, 14, 2), 1e4), torch.zeros(scenes + 2, 2, 14, dtype=torch.bool)
     images, valid[:scenes, :, :9], valid[scenes, 0, :6] = torch.zeros(scenes + 2, 3, 96, 160).byte(), True, True
@@ -432,9 +433,9 @@ def test_a_teacher_sees_each_person_of_a_scene(tmp_path, size):
     codec = teacher.codec
     few, _ = codec.encode(keypoints[scenes:], valid[scenes:], (48, 80), 2)  # labels only
     assert torch.allclose(maps[scenes] * 2 * math.pi * codec.sigma**2, few[0], atol=1e-6) and few[0].any()
-    seen = torch.cat(seen)
-    assert seen.shape == (2 * scenes, 3, *size)
-    assert torch.allclose(seen[0, :, 0, 0], normalize(images)[-1, :, 0, 0], atol=1e-5)  # black outside the image
+    crops = torch.cat(seen)
+    assert crops.shape == (2 * scenes, 3, *size)
+    assert torch.allclose(crops[0, :, 0, 0], normalize(images)[-1, :, 0, 0], atol=1e-5)  # black outside the image
     assert torch.allclose(maps[:scenes].sum((2, 3)), torch.tensor(2.0), atol=1e-4)
     # in the middle of the positions that belong to a cell
     cells = 2 * torch.stack(torch.meshgrid(torch.arange(80), torch.arange(48), indexing="xy"), 2) + 1
@@ -443,6 +444,9 @@ def test_a_teacher_sees_each_person_of_a_scene(tmp_path, size):
     error = (part[..., None] * cells).sum((2, 3)) - spots
     assert error.abs().max() < 1.5 and error.mean((0, 1)).abs().max() < 0.2  # a cell of the teacher is 2 pixels or so
     assert not teacher.scene_heatmaps(normalize(images), keypoints[:, :0], valid[:, :0], (48, 80)).any()
+    teacher.flip_indices = mirrors  # as the weights recommend; this network sees the same in a mirror
+    assert torch.allclose(teacher.scene_heatmaps(normalize(images), keypoints, valid, (48, 80)), maps, atol=1e-5)
+    teacher.flip_indices = None
 
     # a keypoint outside the image is none
     teacher.model = lambda crops: (

@@ -1,4 +1,6 @@
 // Compiled once per instruction set level; see cpu/foreach_isa.h.
+#include <limits>
+
 #include "cpu/vec.h"
 
 namespace fastpose {
@@ -137,10 +139,15 @@ void soft_nms(const PoseGroup<A>& g, const NmsOptions& o, A* row, A* current) {
   const A per_sigma = static_cast<A>(-1.0 / o.gaussian_sigma);
   for (int64_t round = 0; round < g.valid; ++round) {
     int64_t best = -1;
+    A top = 0;
     for (int64_t j = 0; j < g.valid; ++j) {
       if (g.decay[j] != A(0)) continue;
-      if (best < 0 || current[j] > current[best] || (current[j] == current[best] && g.index[j] < g.index[best]))
+      // an infinite score times 0 comes last
+      const A score = current[j] == current[j] ? current[j] : -std::numeric_limits<A>::infinity();
+      if (best < 0 || score > top || (score == top && g.index[j] < g.index[best])) {
         best = j;
+        top = score;
+      }
     }
     g.decay[best] = A(1);
     g.result[best] = current[best];

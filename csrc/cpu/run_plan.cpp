@@ -178,8 +178,9 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       }
     }
     if (needed > 0) {
-      ok = ok && s.weight >= 0 && s.weight <= weights.size(0) - needed && s.bias >= 0 &&
-           s.bias <= weights.size(0) - (s.op == PlanOp::kConvInt8 ? 3 : 1) * out_stride;
+      ok =
+          ok && s.weight >= 0 && s.weight <= weights.size(0) - needed && s.bias >= 0 &&
+          s.bias <= weights.size(0) - (s.op == PlanOp::kBand ? kPad : (s.op == PlanOp::kConvInt8 ? 3 : 1) * out_stride);
     }
     const auto has = [&](int64_t m, int64_t channels) {
       return m < 0 || plan.channels[static_cast<size_t>(m)] == channels;

@@ -34,6 +34,7 @@ from fastpose.data.base import (
 from fastpose.skeletons import UNDEFINED, Skeleton, skeleton_from_dict, unpaired_sides
 
 AREA_SHARE = 0.53  # of a box
+NO_RESULT = "no result is left"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def read_json(path: str | Path, what: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{what} {path} does not exist")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{what} {path} is not valid JSON: {error}") from None
 
@@ -151,6 +152,8 @@ def load_coco_format(
 
     categories = _categories(content, skeleton, report)
     people = _people(content["annotations"], images, skeleton, categories, area_from_box, report)
+    for category in sorted(categories, key=str) if len(categories) > 1 else ():
+        report.add("category with the same keypoints as another (they are scored as one)", category, wrong=False)
     order = {image: i for i, image in enumerate(kept)}
     categories = categories or {p.category for p in people}  # which tell nothing of keypoints
     people = [p for p in people if p.image in order]
@@ -266,13 +269,13 @@ def _locate(images: dict[int | str, dict[str, Any]], folders: list[Path], report
     """Path of each image, None if it does not exist."""
     names = [image["file_name"] for image in images.values()]
     some = names[:: max(1, len(names) // 50)]
-    base = max(folders, key=lambda folder: sum((folder / name).is_file() for name in some))
+    base = max(folders, key=lambda folder: sum(os.path.isfile(folder / name) for name in some))
     listed: dict[Path, set[str]] = {}
     found: dict[Any, Path | None] = {}
     for i, image in images.items():
         path = base / image["file_name"]
         if path.parent not in listed:
-            listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+            listed[path.parent] = set(os.listdir(path.parent)) if os.path.isdir(path.parent) else set()
         found[i] = path if path.name in listed[path.parent] else None
         if found[i] is None:
             report.add(MISSING, path)
@@ -590,7 +593,13 @@ def load_custom(
         return data
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train', 'val' or 'all' for {path}, got {split!r}")
-    chosen = [f for i, f in enumerate(data.image_files()) if (i % 5 == 0) == (split == "val")]
+    files = data.image_files()
+    chosen = [f for i, f in enumerate(files) if (i % 5 == 0) == (split == "val")]
+    if not chosen:
+        raise ValueError(
+            f"{path} has too few images, {len(files)}, for the split {split!r}: of every five the first is in "
+            "'val', the others are in 'train'"
+        )
     return data.of_images(chosen)
 
 
@@ -652,6 +661,8 @@ def from_results(entries: list[Any], annotated: AnnotatedImages, report: Report 
         points.append(xy)
         scores.append(entry["score"])
         areas.append(extent[0] * extent[1])
+    if entries and not at:
+        report.add(NO_RESULT, f"of {len(entries)}")
     return KeypointResults(
         np.array(at, np.int64), np.array(points, np.float64).reshape(-1, k, 2), np.array(scores, np.float64),
         np.array(areas, np.float64),

@@ -161,7 +161,8 @@ class DecodedStore(ABC, Generic[T]):
     def __init__(self, data: PoseData, count: int, memory: float, quiet: bool) -> None:
         self.data = data
         self.kept: list[T | None] = [None] * count
-        self.unusable: set[int] = set()
+        self.unusable = torch.zeros(count, dtype=torch.bool).share_memory_()  # also what other processes found out
+        self.told: set[int] = set()
         self.reported: set[str] = set()
         found = False
         for i in tqdm(range(count), desc="reading", unit="image", disable=quiet):
@@ -199,18 +200,31 @@ class DecodedStore(ABC, Generic[T]):
 
     def _read(self, i: int, announce: bool = True) -> T | None:
         item = self.kept[i]
-        if item is not None or i in self.unusable:
+        if item is not None or self.unusable[i]:
             return item
         try:
             return self._load(i)
         except ImageError as error:
-            self.unusable.add(i)
-            if str(error) not in self.reported:
-                self.reported.add(str(error))
-                self.data.report.add(OUTSIDE if isinstance(error, OutsideError) else UNREADABLE, error)
-                if announce:
-                    tqdm.write(f"fastpose: trained without {error}", file=sys.stderr)
+            self.unusable[i] = True
+            self._report(i, error, announce)
         return None
+
+    def _report(self, i: int, error: ImageError, announce: bool) -> None:
+        self.told.add(i)
+        if str(error) in self.reported:
+            return
+        self.reported.add(str(error))
+        self.data.report.add(OUTSIDE if isinstance(error, OutsideError) else UNREADABLE, error)
+        if announce:
+            tqdm.write(f"fastpose: trained without {error}", file=sys.stderr)
+
+    def report_others(self) -> None:
+        """Take into `data.report` what other processes, whose reports are their own, could not use and have told."""
+        for i in set(torch.nonzero(self.unusable).flatten().tolist()) - self.told:
+            try:
+                self._load(i)
+            except ImageError as error:
+                self._report(i, error, announce=False)
 
 
 class CropStore(DecodedStore[_Person]):

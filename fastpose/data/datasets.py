@@ -75,7 +75,7 @@ def load_dataset(
     elif name == "mpii":
         data = load_mpii(root, split, **options)
     else:
-        data = (load_lsp if name == "lsp" else load_lspet)(root, split)
+        data = (load_lsp if name == "lsp" else load_lspet)(root, split, limit)
     return replace(data.first_images(limit), metric=metric or data.metric)
 
 

@@ -16,8 +16,10 @@ from fastpose.data.base import PoseData
 from fastpose.data.lspet import people_of_images, read_joints
 
 
-def load_lsp(root: str | Path, split: str) -> PoseData:
+def load_lsp(root: str | Path, split: str, limit: int = 0) -> PoseData:
     """Read the `split` ("train" or "test" (also "val"): 1,000 people each) of the LSP archive unpacked at `root`.
+
+    limit: see `load_lspet`.
 
     Raises:
         FileNotFoundError: `joints.mat` or all images are missing. ValueError: unknown split or another `joints.mat`.
@@ -28,4 +30,4 @@ def load_lsp(root: str | Path, split: str) -> PoseData:
     ids = np.arange(1, 1001) if split == "train" else np.arange(1001, 2001)
     joints = read_joints(root / "joints.mat", (3, 14, 2000)).transpose(2, 1, 0)[ids - 1, :, :2]
     files = tuple(root / "images" / f"im{i:04d}.jpg" for i in ids)
-    return people_of_images(files, joints.astype(np.float32), np.isfinite(joints).all(-1))
+    return people_of_images(files, joints.astype(np.float32), np.isfinite(joints).all(-1), limit)

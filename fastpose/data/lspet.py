@@ -29,11 +29,12 @@ from fastpose.images import ImageError, read_image
 from fastpose.skeletons import LSP14
 
 
-def load_lspet(root: str | Path, split: str) -> PoseData:
+def load_lspet(root: str | Path, split: str, limit: int = 0) -> PoseData:
     """Read the `split` ("train": 8,500 people, "val": 500) of the LSPET archive unpacked at `root`.
 
     The split travels with the package: no two near-duplicate photos lie on different sides of it. The remaining 1,000
-    images are a reserve for independent tests and belong to no split.
+    images are a reserve for independent tests and belong to no split. `limit`: images after the first so many that can
+    be used are not looked at (0: all are).
 
     Raises:
         FileNotFoundError: `joints.mat` or all images are missing.
@@ -48,18 +49,21 @@ def load_lspet(root: str | Path, split: str) -> PoseData:
         ids = np.setdiff1d(np.arange(1, 10001), np.array(lists["val"] + lists["reserved"]))
     joints = read_joints(root / "joints.mat", (14, 3, 10000)).transpose(2, 0, 1)[ids - 1]
     files = tuple(root / "images" / f"im{i:05d}.jpg" for i in ids)
-    return people_of_images(files, joints[..., :2].astype(np.float32), joints[..., 2] > 0)
+    return people_of_images(files, joints[..., :2].astype(np.float32), joints[..., 2] > 0, limit)
 
 
-def people_of_images(files: tuple[Path, ...], keypoints: Array, labelled: Array) -> PoseData:
+def people_of_images(files: tuple[Path, ...], keypoints: Array, labelled: Array, limit: int = 0) -> PoseData:
     """One person per image with a box around their keypoints; images that cannot be read are reported and left out.
 
     Args:
-        keypoints: float32 [N, 14, 2] pixels; labelled: bool [N, 14].
+        keypoints: float32 [N, 14, 2] pixels; labelled: bool [N, 14]; limit: of images with somebody (0: all).
     """
     report = Report()
-    sizes, good = np.zeros((len(files), 2), np.float32), []
+    good: list[int] = []
+    sizes = np.zeros((len(files), 2), np.float32)
     for i, path in enumerate(files):
+        if 0 < limit <= len(good):
+            break
         try:
             image = read_image(path)
         except ImageError as error:

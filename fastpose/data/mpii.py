@@ -137,18 +137,26 @@ def _from_mat(path: Path, split: str, report: Report) -> Iterator[Row]:
     content = loadmat(path)
     if "RELEASE" not in content:
         raise ValueError(f"{path}: expected the variable RELEASE of MPII's official annotations")
-    release = content["RELEASE"][0, 0]
-    train = np.asarray(release.img_train).reshape(-1) == 1
+    release = next(iter(np.asarray(content["RELEASE"]).reshape(-1)), None)
+    train, images = (np.asarray(getattr(release, name, [])).reshape(-1) for name in ("img_train", "annolist"))
+    if not len(images) or len(train) != len(images):
+        raise ValueError(
+            f"{path}: expected a struct RELEASE with as many img_train as annolist, got {len(train)} and {len(images)}"
+        )
     number = -1
-    for i, image in enumerate(np.asarray(release.annolist).reshape(-1)):
-        if not train[i]:
+    for is_train, image in zip(train == 1, images, strict=True):
+        if not is_train:
             continue  # test images have no keypoints
         number += 1
         if split != "trainval" and (number % 8 == 0) != (split == "valid"):
             continue
         name = str(_field(_field(image, "image"), "name", ""))
         for j, person in enumerate(np.asarray(getattr(image, "annorect", [])).reshape(-1)):
-            row = _mat_person(person)
+            try:
+                row = _mat_person(person)
+            except (TypeError, ValueError):
+                report.add("person whose numbers cannot be read", f"{name} person {j + 1}")
+                continue
             if row is None:
                 report.add("person without keypoints, position or scale", f"{name} person {j + 1}", wrong=False)
             else:
@@ -180,4 +188,6 @@ def _mat_person(person: Any) -> tuple[Array, float, Array, Array, Array] | None:
     corners = [_field(person, name) for name in ("x1", "y1", "x2", "y2")]
     head = np.array([np.nan if c is None else float(c) for c in corners])
     centre = np.array([float(_field(position, "x")), float(_field(position, "y"))])
+    if not (np.isfinite(joints).all() and np.isfinite(centre).all() and np.isfinite(float(scale))):
+        raise ValueError("not finite")
     return centre, float(scale), joints, labelled, head

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +46,7 @@ class ModelEntry:
         name: what :func:`create_model` accepts; build: the constructor.
         input_size: (height, width) the paper works at; num_keypoints: its number of keypoints.
         published: figures as printed, the network's own paper first.
+        of_others: fields of the config with which weights of others were trained, where that is not the default.
     """
 
     name: str
@@ -52,13 +54,17 @@ class ModelEntry:
     input_size: tuple[int, int]
     num_keypoints: int
     published: tuple[Published, ...]
+    of_others: dict[str, Any]
 
 
 _MODELS: dict[str, ModelEntry] = {}
 
 
 def register_model(
-    input_size: tuple[int, int] = (256, 192), num_keypoints: int = 17, published: tuple[Published, ...] = ()
+    input_size: tuple[int, int] = (256, 192),
+    num_keypoints: int = 17,
+    published: tuple[Published, ...] = (),
+    of_others: dict[str, Any] | None = None,
 ) -> Callable[[Constructor], Constructor]:
     """Decorator: make the constructor `fn` available as ``create_model(fn.__name__)``; arguments as in ModelEntry."""
 
@@ -66,7 +72,7 @@ def register_model(
         name = fn.__name__
         if name in _MODELS:
             raise ValueError(f"model name {name!r} is registered twice")
-        _MODELS[name] = ModelEntry(name, fn, input_size, num_keypoints, published)
+        _MODELS[name] = ModelEntry(name, fn, input_size, num_keypoints, published, of_others or {})
         return fn
 
     return register
@@ -120,8 +126,15 @@ def create_model(
         return create_from(read_weights(weights, name), name, num_keypoints, **changes)
     if name == "auto":
         raise ValueError("create_model('auto') takes the architecture from a checkpoint; give weights=path")
-    entry = model_entry(name)
-    return entry.build(num_keypoints=entry.num_keypoints if num_keypoints is None else num_keypoints, **changes)
+    return _build(model_entry(name), num_keypoints, changes)
+
+
+def _build(entry: ModelEntry, num_keypoints: int | None, changes: dict[str, Any]) -> nn.Module:
+    k = entry.num_keypoints if num_keypoints is None else num_keypoints
+    try:
+        return entry.build(num_keypoints=k, **changes)
+    except TypeError as error:
+        raise ValueError(f"{entry.name} cannot be made with {changes}: {error}") from None
 
 
 def check_codec(name: str, codec: Codec) -> None:
@@ -145,6 +158,6 @@ def create_from(
     """:func:`create_model` for weights that are read already; the network is in eval mode."""
     name, found, options = find_architecture(checkpoint, name)
     k = found if num_keypoints is None else num_keypoints
-    model = model_entry(name).build(num_keypoints=k, **{**options, **changes})
+    model = _build(model_entry(name), k, {**options, **changes})
     fill(model, checkpoint)
     return model.eval()

@@ -299,16 +299,27 @@ class DiteHRNet(LiteFrame):
         stem = dite_stem(config.stem_width, config.stem_kernels)
         super().__init__(config, "DiteHRNet", stem, layers, inplace_relu=True)
 
+    def as_published(self) -> None:
+        """As with `legacy_fuse` and `legacy_pool`."""
+        super().as_published()
+        for module in self.modules():
+            if isinstance(module, DenseContext):
+                n = len(module.pools)
+                module.pools = nn.ModuleList([LegacyCellPool(2 ** (n - j)) for j in range(n)])
+        assert isinstance(self.config, DiteHRNetConfig)
+        self.config = replace(self.config, legacy_pool=True)
+
 
 REPOSITORY = "Li et al. 2022, repository"
 
 
 @register_model(
+    of_others={"legacy_fuse": True, "legacy_pool": True},
     published=(
         Published(REPOSITORY, (256, 192), 1.8, 0.3298, "1e9", "AP 68.3 COCO val"),
         Published(REPOSITORY, (384, 288), 1.8, 0.7417, "1e9", "AP 71.5 COCO val"),
         Published(REPOSITORY, (256, 256), 1.8, 0.4395, "1e9", "PCKh@0.5 87.6 MPII val"),
-    )
+    ),
 )
 def dite_hrnet_30(**changes: Any) -> DiteHRNet:
     """Dite-HRNet-30: 1,860,041 parameters, 317,658,664 multiply-accumulates at 256x192, 17 keypoints."""

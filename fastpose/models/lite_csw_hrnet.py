@@ -150,6 +150,9 @@ class LiteCSWHRNet(LiteFrame):
 
         super().__init__(config, "LiteCSWHRNet", LiteStem(config.stem_width), layers)
 
+    def as_published(self) -> None:
+        """Nobody has published code: weights are of this one."""
+
 
 @register_model(
     published=(

@@ -282,7 +282,11 @@ class LegacyExchange(Exchange):
         for i, row in enumerate(self):
             total = first
             for j, link in enumerate(row):  # type: ignore
-                total = 2.0 * link(first) if j == 0 else total + link(x[j])
+                if j == 0:
+                    total = link(first)
+                    total = total + total
+                else:
+                    total = total + link(x[j])
             outputs.append(F.relu(total))
             if i == 0:
                 first = outputs[0] if self.inplace_relu else total
@@ -379,6 +383,7 @@ class LiteFrame(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
+        self.inplace_relu = inplace_relu
         w = config.widths
 
         def stage(branches: int) -> nn.ModuleList:
@@ -423,6 +428,16 @@ class LiteFrame(nn.Module):
             branches = module(branches)
         return self.final_layer(self.head_layer(branches))
 
+    def as_published(self) -> None:
+        """Compute from now on, with the same parameters, what the published code does: as with `legacy_fuse`."""
+        for module in self.modules():
+            if isinstance(module, LiteHRModule):
+                rows = module.fuse_layers
+                module.fuse_layers = LegacyExchange(self.config.widths[: len(rows)], self.inplace_relu)
+                for i, row in enumerate(rows):
+                    module.fuse_layers[i] = row
+        self.config = replace(self.config, legacy_fuse=True)
+
 
 class LiteHRNet(LiteFrame):
     """Images [B, 3, H, W] with H, W multiples of 32 -> heatmaps [B, K, H/4, W/4]."""
@@ -440,11 +455,12 @@ REPOSITORY = "Yu et al. 2021, repository"
 
 
 @register_model(
+    of_others={"legacy_fuse": True},
     published=(
         Published(REPOSITORY, (256, 192), 1.1, 0.2052, "1e9", "AP 64.8 COCO val"),
         Published(REPOSITORY, (384, 288), 1.1, 0.4616, "1e9", "AP 67.6 COCO val"),
         Published(REPOSITORY, (256, 256), 1.1, 0.2734, "1e9", "PCKh@0.5 85.4 MPII val"),
-    )
+    ),
 )
 def lite_hrnet_18(**changes: Any) -> LiteHRNet:
     """Lite-HRNet-18: 1,130,769 parameters, 198.6 M multiply-accumulates at 256x192, 17 keypoints."""
@@ -452,11 +468,12 @@ def lite_hrnet_18(**changes: Any) -> LiteHRNet:
 
 
 @register_model(
+    of_others={"legacy_fuse": True},
     published=(
         Published(REPOSITORY, (256, 192), 1.8, 0.3192, "1e9", "AP 67.2 COCO val"),
         Published(REPOSITORY, (384, 288), 1.8, 0.7178, "1e9", "AP 70.4 COCO val"),
         Published(REPOSITORY, (256, 256), 1.8, 0.4253, "1e9", "PCKh@0.5 87.0 MPII val"),
-    )
+    ),
 )
 def lite_hrnet_30(**changes: Any) -> LiteHRNet:
     """Lite-HRNet-30: 1,763,717 parameters, 309.5 M multiply-accumulates at 256x192, 17 keypoints."""
@@ -464,10 +481,11 @@ def lite_hrnet_30(**changes: Any) -> LiteHRNet:
 
 
 @register_model(
+    of_others={"legacy_fuse": True},
     published=(
         Published(REPOSITORY, (256, 192), 0.7, 0.1948, "1e9", "AP 62.8 COCO val"),
         Published(REPOSITORY, (256, 256), 0.7, 0.2596, "1e9", "PCKh@0.5 85.3 MPII val"),
-    )
+    ),
 )
 def naive_lite_hrnet_18(**changes: Any) -> LiteHRNet:
     """Naive Lite-HRNet-18: 760,365 parameters, 185.5 M multiply-accumulates at 256x192, 17 keypoints."""
@@ -475,10 +493,11 @@ def naive_lite_hrnet_18(**changes: Any) -> LiteHRNet:
 
 
 @register_model(
+    of_others={"legacy_fuse": True},
     published=(
         Published(REPOSITORY, (256, 192), 1.3, 0.3111, "1e9", "AP 66.0 COCO val"),
         Published(REPOSITORY, (256, 256), 1.3, 0.4187, "1e9", "PCKh@0.5 86.8 MPII val"),
-    )
+    ),
 )
 def wider_naive_lite_hrnet_18(**changes: Any) -> LiteHRNet:
     """Naive Lite-HRNet-18 of Lite-HRNet's widths: 1,318,625 parameters, 302.3 M multiply-accumulates at 256x192."""

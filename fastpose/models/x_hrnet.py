@@ -118,10 +118,11 @@ class XHRNet(LiteFrame):
 
 
 @register_model(
+    of_others={"legacy_fuse": True},
     published=(
         Published("Liu et al. (LE-HRNet)", (256, 192), 2.1, 0.3, "?", "AP 67.4 COCO val"),
         Published("Liu et al. (LE-HRNet)", (256, 256), 2.1, 0.4, "?", "PCKh 87.3 MPII val"),
-    )
+    ),
 )
 def x_hrnet_30(**changes: Any) -> XHRNet:
     """X-HRNet-30: 2,117,657 parameters, 300,362,368 multiply-accumulates at 256x192, 17 keypoints."""

@@ -59,14 +59,25 @@ def oks_nms(
     Raises:
         ValueError: a shape, dtype or setting that does not fit; names the argument, what was expected and given.
     """
-    if method not in METHODS:
-        raise ValueError(f"oks_nms: method must be 'hard', 'soft' or 'parallel', got {method!r}")
+    check_threshold(method, threshold)
     limit = DEFAULT_THRESHOLD[method] if threshold is None else float(threshold)
     fn = torch.ops.fastpose.oks_nms if _backend.LOADED else oks_nms_reference
     return fn(
         keypoints, keypoint_scores, scores, areas, sigmas, image_index, method, decay, limit, keypoint_threshold,
         overlap_threshold, gaussian_sigma,
     )  # fmt: skip
+
+
+def check_threshold(method: str, threshold: float | None) -> None:
+    """Raise ValueError for what `oks_nms` does not take."""
+    if method not in METHODS:
+        raise ValueError(f"oks_nms: method must be 'hard', 'soft' or 'parallel', got {method!r}")
+    if threshold is None:
+        return
+    if method == "hard" and not 0 <= threshold <= 1:
+        raise ValueError(f"oks_nms: threshold of method 'hard' is an OKS, from 0 to 1, got {threshold}")
+    if math.isnan(threshold):
+        raise ValueError(f"oks_nms: threshold must be a number, got {threshold}")
 
 
 def rescore(keypoint_scores: Tensor, box_scores: Tensor, keypoint_threshold: float = 0.1) -> Tensor:
@@ -168,7 +179,7 @@ def _soft(
         factor = torch.exp(-overlap.square() / sigma)
     current, taken = score.clone(), ~real
     for _ in range(slots.shape[1]):
-        open_scores = torch.where(taken, torch.full_like(current, -math.inf), current)
+        open_scores = torch.where(taken | current.isnan(), torch.full_like(current, -math.inf), current)  # inf times 0
         best_score = open_scores.amax(1, keepdim=True)
         # among equals the lowest index of the input
         tied = (open_scores == best_score) & ~taken

@@ -20,7 +20,10 @@ class Schedule:
         self.per_epoch = [samples // s.batch_size for s in config.stages]
         for stage, steps in zip(config.stages, self.per_epoch, strict=True):
             if steps == 0:
-                raise ValueError(f"the data set has {samples} samples, fewer than one batch of {stage.batch_size}")
+                raise ValueError(
+                    f"the data set has {samples} samples, fewer than one batch of {stage.batch_size}: "
+                    "give the stages a smaller batch_size"
+                )
         self.steps = [max(1, round(s.epochs * n)) for s, n in zip(config.stages, self.per_epoch, strict=True)]
         self.total = sum(self.steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastpose.distributed import rank, wait_for_all
 from fastpose.images import ImageError
 from fastpose.metrics import torso_lengths
 from fastpose.scoring import check_metric
+from fastpose.skeletons import describe_difference
 from fastpose.training.settings import Stage, TrainConfig
 
 Store = CropStore | SceneStore
@@ -28,6 +30,22 @@ def load_split(config: TrainConfig, split: str) -> PoseData:
     if len(data) == 0:
         raise ValueError(f"nobody to estimate in the split {split!r}: {data.report.to_text() or 'it is empty'}")
     return data
+
+
+def check_splits(config: TrainConfig, train: PoseData, val: PoseData) -> None:
+    """Tell if images are in both; raise ValueError for other keypoints, which the first validation would find."""
+    first, second = config.splits
+    if train.skeleton.names != val.skeleton.names:
+        difference = describe_difference(train.skeleton, val.skeleton)
+        raise ValueError(
+            f"the splits have other keypoints: {first!r} has {train.skeleton.name!r}, {second!r} has {difference}"
+        )
+    both = set(train.image_files()) & set(val.image_files())
+    if both and first != second and rank() == 0:
+        print(
+            f"fastpose: {len(both)} images are in {first!r} and in {second!r}: the validation says little about others",
+            file=sys.stderr,
+        )
 
 
 def check_validation(data: PoseData) -> None:

@@ -158,7 +158,7 @@ class TrainConfig:
         if self.mosaic < 0 or (self.mosaic and not bottom_up):
             raise ValueError(f"mosaic must be a number of people, for bottom-up networks only, got {self.mosaic}")
         for stage in self.stages:
-            if min(stage.size) < 1 or stage.epochs <= 0 or stage.batch_size < 1:
+            if min(stage.size) < 1 or not 0 < stage.epochs < math.inf or stage.batch_size < 1:
                 raise ValueError(f"stages need a positive size, number of epochs and batch_size, got {stage}")
             if stage.mosaic < 0 or (stage.mosaic and not self.mosaic):
                 raise ValueError(f"a stage's mosaic must be a number of people, in runs with mosaics only, got {stage}")

@@ -241,6 +241,17 @@ def test_odd_inputs_are_defined(method, decay, fn, device):
             assert new[0] == pair[0] and new[1] == 0  # not inf times 0
 
 
+@pytest.mark.parametrize("fn", [oks_nms, oks_nms_reference], ids=["op", "reference"])
+def test_an_infinite_score_decayed_to_nothing_comes_last(fn, device):
+    """Infinity times 0 is no number, and decays nobody before its turn."""
+    keypoints = torch.zeros(3, 2, 2).double()
+    keypoints[2] = 3.0
+    given = (keypoints, torch.ones(3, 2).double(), f64([math.inf, math.inf, 0.9]), f64([100.0] * 3), f64([0.1, 0.1]))
+    new, _ = fn(*(t.to(device) for t in given), method="soft", decay="linear")
+    overlap = math.exp(-18 / (2 * 100 * 0.2**2))
+    assert new[0] == math.inf and float(new[2]) == pytest.approx(0.9 * (1 - overlap), rel=1e-9)
+
+
 @pytest.mark.parametrize("method", ["hard", "soft", "parallel"])
 def test_batch_equals_single_images(method, device):
     tensors, image = random_poses(200, images=25, device=device)
