@@ -146,21 +146,22 @@ def test_boxes_of_people_with_their_scores(folder, photo, capsys, monkeypatch):
     for name in ("x", "y"):
         (folder / name).mkdir()
         cv2.imwrite(str(folder / name / "1.png"), photo)
-    box = {"image_id": 7, "bbox": [10, 10, 200, 200]}
+    # in this noise the weights are sure enough of a keypoint of either
+    box = {"image_id": 7, "bbox": [33, 103, 182, 86]}
     content = {
         "images": [{"id": 7, "file_name": "x/1.png"}, {"id": 8, "file_name": "1.png"}],
         "annotations": [{**box, "category_id": 1}, {**box, "category_id": 3},
                         {**box, "category_id": 1, "iscrowd": 1},
-                            {**box, "category_id": 1, "score": 0.5, "bbox": [50, 0, 90, 90]}],
+                            {**box, "category_id": 1, "score": 0.5, "bbox": [6, 118, 113, 44]}],
         "categories": [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}],
     }  # fmt: skip
     (folder / "b.json").write_text(json.dumps(content))
     assert main(["predict", "x", "--boxes", "b.json", "--quiet"]) == 0
     got = json.loads((folder / "poses" / "poses.json").read_text())["annotations"]
-    assert [a["bbox"] for a in got] == [[10, 10, 200, 200], [50, 0, 90, 90]]
-    poses = PoseEstimator(detector="none")("x/1.png", [[10, 10, 210, 210], [50, 0, 140, 90]])
+    assert [a["bbox"] for a in got] == [[33, 103, 182, 86], [6, 118, 113, 44]]
+    poses = PoseEstimator(detector="none")("x/1.png", [[33, 103, 215, 189], [6, 118, 119, 162]])
     assert np.allclose([a["score"] for a in got], poses.scores * [1, 0.5], atol=2e-5) and poses.scores[1] > 0.05
-    assert [(a["iscrowd"], a["area"], a["num_keypoints"]) for a in got] == [(0, 40000, 14), (0, 8100, 14)]
+    assert [(a["iscrowd"], a["area"], a["num_keypoints"]) for a in got] == [(0, 15652, 14), (0, 4972, 14)]
 
     assert main(["predict", "x", "y", "--boxes", "b.json", "--quiet"]) == 0  # y/1.png: the other entry, without boxes
     del content["images"][0], content["annotations"][:]
