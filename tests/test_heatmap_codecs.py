@@ -267,7 +267,7 @@ def test_codecs_in_settings(tmp_path):
     for setting, message in (
         ("codec.type=simcc", "'codec.type' must be one of softmax, msra, dark, udp, associative, got 'simcc'"),
         ("codec.kernel=3", "unknown setting 'codec.kernel'"),
-        ("codec=msra", "'codec' must be"),
+        ("codec=msra", "'codec' is a group: choose codec.type from softmax, msra, .*, got 'msra'"),
     ):
         with pytest.raises(ValueError, match=message):
             read(setting)

@@ -261,7 +261,7 @@ def test_wrong_input_says_what_is_needed(name):
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown model 'mobileposnet'; did you mean mobileposenet"):
         fastpose.create_model("mobileposnet")
-    with pytest.raises(TypeError, match="widht"):
+    with pytest.raises(ValueError, match="mobileposenet cannot be made with .*widht"):
         fastpose.create_model("mobileposenet", widht=3)
     with pytest.raises(ValueError, match="no weights are shipped for model 'mobileposenet_v1'"):
         fastpose.create_model("mobileposenet_v1", weights="default")
