@@ -35,7 +35,7 @@ EVALUATION_SETTINGS = (
 # and without --predictions
 NETWORK_SETTINGS = (
     "model", "weights", "boxes", "least_score", "codec", "input_size", "padding", "no_flip_shift", "nms",
-    "nms_threshold", "keypoint_threshold", "no_flip_test", "precision",
+    "nms_threshold", "keypoint_threshold", "flip_test", "precision",
 )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default="float32", help="bfloat16, int8: faster where the CPU has them"
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass: twice as fast, less accurate")
+    _add_flip_argument(p, "average with the mirrored crop: half as fast; default: as the weights recommend")
     p.add_argument("--quiet", action="store_true", help="print errors only")
     p.set_defaults(run=_predict)
 
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--keypoint-threshold", type=float, default=0.2, help="least keypoint score to count in a pose's (default: 0.2)"
     )
     p.add_argument("--evaluator", choices=EVALUATORS, default="fastpose", help="whose code computes AP; same numbers")
-    p.add_argument("--no-flip-test", action="store_true", help="skip the mirrored pass")
+    _add_flip_argument(p, "average with the mirrored crop; default: as the weights recommend")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
     p.add_argument(
         "--precision", choices=PRECISIONS, default="float32", help="bfloat16, int8: faster where the CPU has them"
@@ -170,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_preparation_arguments(p)
     p.add_argument("--skeleton", help="of safetensors: the keypoints, likewise; lsp14 or a .toml or .json file")
+    _add_flip_argument(p, "of safetensors: what the file recommends; default: what it did before")
     p.add_argument("output", metavar="FILE", help="e.g. mobileposenet.pt")
     p.set_defaults(run=_export)
 
@@ -210,6 +211,10 @@ def _add_preparation_arguments(p: argparse.ArgumentParser) -> None:
         help="with --codec: do not move mirrored heatmaps (of msra and dark)",
     )
     p.add_argument("--padding", type=float, help="crop side in units of the box's, likewise")
+
+
+def _add_flip_argument(p: argparse.ArgumentParser, help: str) -> None:
+    p.add_argument("--flip-test", action=argparse.BooleanOptionalAction, default=None, help=help)
 
 
 def _preparation(options: argparse.Namespace) -> dict[str, Any]:
@@ -292,7 +297,7 @@ def _predict(options: argparse.Namespace) -> int:
         device=options.device,
         batch_size=options.batch_size,
         precision=options.precision,
-        flip_test=False if options.no_flip_test else None,
+        flip_test=options.flip_test,
         skeleton=None if options.skeleton is None else find_skeleton(options.skeleton),
         **_preparation(options),
     )
@@ -437,11 +442,11 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
             device=device,
             batch_size=options.batch_size,
             precision=options.precision,
-            flip_test=False if options.no_flip_test else None,
+            flip_test=options.flip_test,
             skeleton=data.skeleton if others else None,  # others' files do not say
             **_preparation(options),
         )
-        options.model = estimator.model_name
+        options.model, options.flip_test = estimator.model_name, estimator.flip_test
         result = evaluate(
             estimator,
             data,
@@ -458,8 +463,10 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     if rank() > 0:  # every process has the result, one is enough to tell
         return code
     print(to_text(result.score))
-    if result.score.metric == "AP" and not options.predictions and not is_bottom_up(estimator.model_name):
-        print(f"boxes: {options.boxes or 'annotated'}")
+    if not options.predictions:
+        if result.score.metric == "AP" and not is_bottom_up(estimator.model_name):
+            print(f"boxes: {options.boxes or 'annotated'}")
+        print(f"flip test: {'yes' if options.flip_test else 'no'}")
     names = EVALUATION_SETTINGS + (() if options.predictions else NETWORK_SETTINGS)
     settings = {name: getattr(options, name) for name in names}
     for path, write in (
@@ -533,6 +540,8 @@ def _export(options: argparse.Namespace) -> int:
         skeleton = find_skeleton(options.skeleton) if options.skeleton else None
         described = describe_weights(checkpoint, options.model, skeleton)
         described, _ = with_settings(described, model, skeleton, **_preparation(options))
+        if options.flip_test is not None:
+            described = dataclasses.replace(described, flip_test=options.flip_test)
         bits = options.bits or 16
         export_weights(model, options.output, described, bits)
         print(f"{options.output}: weights of {bits} bits for create_model and PoseEstimator")
@@ -540,6 +549,8 @@ def _export(options: argparse.Namespace) -> int:
     for name in ("bits", "skeleton", "padding", "no_flip_shift"):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} is about weights: --format safetensors")
+    if options.flip_test is not None:
+        raise ValueError("--flip-test is about weights: --format safetensors")
     if options.codec and not options.keypoints:
         raise ValueError("--codec is about --keypoints")
     if options.precision != "float32" and not options.fused:

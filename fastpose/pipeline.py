@@ -124,7 +124,7 @@ class PoseEstimator:
             or a callable ``image -> boxes [P, 4] xyxy`` or ``-> (boxes, scores)``.
         device: where the network runs, e.g. ``"cpu"`` or ``"cuda"``; default CPU.
         batch_size: crops per forward pass; a whole image for a bottom-up network counts as 8.
-        flip_test: average with the mirrored crop: more accurate, twice the work. None: as the weights recommend.
+        flip_test: average with the mirrored crop: often more accurate, twice the work. None: as the weights recommend.
         nms: suppression of duplicates among detected people: ``"hard"``, ``"soft"``, ``"parallel"`` or ``"none"``;
             nms_threshold: see `fastpose.ops.oks_nms`. Given boxes are never suppressed.
         keypoint_threshold: keypoints that score less count neither for the instance score nor for OKS.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -398,6 +399,20 @@ def test_export_of_weights_with_keypoints_of_ones_own(tmp_path, capsys):
     assert "--skeleton: " in capsys.readouterr().err and not (tmp_path / "no.safetensors").exists()
     assert main(["export", "--skeleton", "lsp14", str(tmp_path / "no.pt")]) == 2
     assert "--skeleton is about weights" in capsys.readouterr().err
+
+
+def test_export_of_what_is_found_of_the_flip_test(tmp_path, capsys):
+    """It can be recommended or not for all weights, those that have come to a recommendation already included."""
+    before = PoseEstimator("lite_csw_hrnet").info
+    for flip_test, option in ((False, "--no-flip-test"), (True, "--flip-test")):
+        target = tmp_path / f"{flip_test}.safetensors"
+        arguments = ["export", "--format", "safetensors", "--model", "lite_csw_hrnet", str(target)]
+        assert main([*arguments, option]) == 0
+        assert PoseEstimator(weights=target).info == dataclasses.replace(before, flip_test=flip_test)
+        assert PoseEstimator(weights=target).flip_test is flip_test
+        assert PoseEstimator(weights=target, flip_test=not flip_test).flip_test is not flip_test
+    assert main(["export", "--no-flip-test", str(tmp_path / "no.pt")]) == 2
+    assert "--flip-test is about weights" in capsys.readouterr().err and not (tmp_path / "no.pt").exists()
 
 
 def test_export_of_weights_in_8_bits(tmp_path, capsys):

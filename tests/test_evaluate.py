@@ -261,9 +261,10 @@ def test_weights_of_others(tmp_path, capsys):
     ]
     arguments += ["--model", "hrnet_w32", "--weights", str(tmp_path / "w.pth"), "--input-size", "64", "64"]
     assert main([*arguments, "--codec", "dark", "--json", str(tmp_path / "n.json")]) == 0
-    assert "AP (hard)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "AP (hard)" in out and "flip test: no\n" in out
     settings = json.loads((tmp_path / "n.json").read_text())["settings"]
-    assert settings["codec"] == "dark" and settings["input_size"] == [64, 64]
+    assert settings["flip_test"] is False and settings["codec"] == "dark" and settings["input_size"] == [64, 64]
     assert main([*arguments, "--codec", "best"]) == 2 and "best" in capsys.readouterr().err
     assert main([*arguments, "--no-flip-shift"]) == 2
     assert "--no-flip-shift needs --codec softmax, msra, dark or udp, got None" in capsys.readouterr().err
@@ -271,6 +272,7 @@ def test_weights_of_others(tmp_path, capsys):
     for shift in ([], ["--no-flip-shift"]):
         results = tmp_path / f"r{len(shift)}.json"
         assert main([*arguments, "--codec", "msra", *shift, "--results", str(results)]) == 0
+        assert "flip test: yes\n" in capsys.readouterr().out
     one, two = (json.loads((tmp_path / f"r{i}.json").read_text()) for i in (0, 1))
     assert one != two
 
