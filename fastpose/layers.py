@@ -111,6 +111,23 @@ class GhostModule(nn.Module):
         return torch.cat([y, self.cheap(y)], 1)
 
 
+def largest_pixel(x: Tensor, training: bool, keepdim: bool = False) -> Tensor:
+    """Maximum over the pixels, [B, C, H, W] -> [B, C], or [B, C, 1, 1] with `keepdim`.
+
+    In training the whole gradient goes to one of equal maxima. `amax` divides it among all of them, by way of masks of
+    64-bit integers, which takes as long as a convolution.
+    """
+    if training:
+        pooled = F.adaptive_max_pool2d(x, 1)
+        return pooled if keepdim else pooled.flatten(1)
+    return x.amax((2, 3), keepdim=keepdim)
+
+
+def largest_channel(x: Tensor, training: bool) -> Tensor:
+    """Maximum over the channels, [B, C, H, W] -> [B, 1, H, W]; gradients as those of `largest_pixel`."""
+    return x.max(1, keepdim=True)[0] if training else x.amax(1, keepdim=True)
+
+
 class SpatialAttention(nn.Module):
     """Spatial gate of CBAM: sigmoid of a 7x7 convolution (no bias) over channel mean and maximum, [B, 1, H, W]."""
 
@@ -119,7 +136,7 @@ class SpatialAttention(nn.Module):
         self.conv = nn.Conv2d(2, 1, kernel_size, 1, kernel_size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.conv(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)))
+        return torch.sigmoid(self.conv(torch.cat([x.mean(1, keepdim=True), largest_channel(x, self.training)], 1)))
 
 
 class CBAM(nn.Module):
@@ -139,7 +156,7 @@ class CBAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # mean and maximum side by side, so that the MLP runs once
-        pooled = torch.cat([x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)], 3)
+        pooled = torch.cat([x.mean((2, 3), keepdim=True), largest_pixel(x, self.training, keepdim=True)], 3)
         x = x * torch.sigmoid(self.expand(F.relu(self.reduce(pooled))).sum(3, keepdim=True))
         return x * self.spatial(x)
 
@@ -202,8 +219,10 @@ class DWUpsampleBNAct(nn.Module):
         return self.activation(self.bn(self.conv(x)))
 
 
-def channel_shuffle(x: Tensor, groups: int = 2) -> Tensor:
+def channel_shuffle(x: Tensor, groups: int = 2, training: bool = False) -> Tensor:
     """Interleave the channels of `groups` equal parts (Zhang et al., ShuffleNet): [B, C, H, W] -> the same shape."""
+    if training:
+        return torch.channel_shuffle(x, groups)  # stays channels-last; exporters know the one below
     b, c, h, w = x.shape
     return x.view(b, groups, c // groups, h, w).transpose(1, 2).reshape(b, c, h, w)
 

@@ -171,8 +171,9 @@ class DynamicSplitConv(nn.Module):
         outputs: list[Tensor] = []
         for i, conv in enumerate(self.conv):
             outputs.append(conv(parts[i]))
-        # one group: neither concatenation nor shuffle changes anything
-        return channel_shuffle(torch.cat(outputs, 1), self.groups) if self.groups > 1 else outputs[0]
+        if self.groups == 1:  # neither concatenation nor shuffle would change anything
+            return outputs[0]
+        return channel_shuffle(torch.cat(outputs, 1), self.groups, self.training)
 
 
 def channel_attention(channels: int, ratio: int) -> nn.Sequential:
@@ -268,7 +269,7 @@ class DynamicMultiScaleContextBlock(nn.Module):
             y[j] = conv(y[j])
         for j, context in enumerate(self.gcm):
             y[j] = context(y[j])
-        return shuffle_halves(kept, y)
+        return shuffle_halves(kept, y, self.training)
 
 
 def dite_stem(width: int, kernels: int) -> SplitStem:

@@ -113,9 +113,9 @@ class LiteConvModule(nn.Module):
         self.refine = lite_conv(kind, half, half)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = channel_shuffle(torch.cat([self.keep(x), self.add(x)], 1))
+        x = channel_shuffle(torch.cat([self.keep(x), self.add(x)], 1), 2, self.training)
         first, second = x.chunk(2, 1)
-        return channel_shuffle(torch.cat([first, self.refine(second)], 1))
+        return channel_shuffle(torch.cat([first, self.refine(second)], 1), 2, self.training)
 
 
 class ChannelExchange(nn.Module):
@@ -142,7 +142,7 @@ class ChannelExchange(nn.Module):
         for n in self.order:
             parts.append(a[n][:, : self.exchanged[n]])
         x = torch.cat(parts, 1)
-        x = channel_shuffle(x, x.shape[1] // 4)  # channels 0, 4, 8, ..., then 1, 5, 9, ...
+        x = channel_shuffle(x, x.shape[1] // 4, self.training)  # channels 0, 4, 8, ..., then 1, 5, 9, ...
         outputs: list[Tensor] = []
         start = 0
         for n, width in enumerate(self.exchanged):

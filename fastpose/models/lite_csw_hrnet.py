@@ -33,7 +33,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastpose.layers import SpatialAttention
+from fastpose.layers import SpatialAttention, largest_pixel
 from fastpose.models._registry import Published, register_model
 from fastpose.models.lite_hrnet import (
     ChannelWeightingBlock,
@@ -82,7 +82,7 @@ class ChannelGate(nn.Module):
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, largest = x.mean((2, 3)).unsqueeze(1), x.amax((2, 3)).unsqueeze(1)
+        mean, largest = x.mean((2, 3)).unsqueeze(1), largest_pixel(x, self.training).unsqueeze(1)
         return torch.sigmoid(self.conv(mean) + self.conv(largest)).transpose(1, 2).unsqueeze(3)
 
 

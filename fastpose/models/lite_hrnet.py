@@ -103,9 +103,9 @@ def split_halves(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return first, second
 
 
-def shuffle_halves(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+def shuffle_halves(first: list[Tensor], second: list[Tensor], training: bool) -> list[Tensor]:
     """Every branch put together again from its halves, channels of the two interleaved."""
-    return [channel_shuffle(torch.cat([a, b], 1), 2) for a, b in zip(first, second)]  # noqa: B905 (TorchScript)
+    return [channel_shuffle(torch.cat([a, b], 1), 2, training) for a, b in zip(first, second)]  # noqa: B905 (TorchScript)
 
 
 class ShuffleUnit(nn.Module):
@@ -117,7 +117,7 @@ class ShuffleUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, 1)
-        return channel_shuffle(torch.cat([a, self.branch2(b)], 1), 2)
+        return channel_shuffle(torch.cat([a, self.branch2(b)], 1), 2, self.training)
 
 
 def naive_block(width: int) -> ShuffleUnit:
@@ -208,7 +208,7 @@ class ChannelWeightingBlock(nn.Module):
             y[j] = depthwise(y[j])
         for j, weighting in enumerate(self.spatial_weighting):
             y[j] = weighting(y[j])
-        return shuffle_halves(kept, y)
+        return shuffle_halves(kept, y, self.training)
 
 
 def lite_block(widths: tuple[int, ...], config: LiteHRNetConfig) -> ChannelWeightingBlock:
@@ -324,7 +324,7 @@ class LiteStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.conv1(x).chunk(2, 1)
         b = self.linear_conv(self.depthwise_conv(self.expand_conv(b)))
-        return channel_shuffle(torch.cat([self.branch1(a), b], 1), 2)
+        return channel_shuffle(torch.cat([self.branch1(a), b], 1), 2, self.training)
 
 
 class SplitStem(nn.Module):

@@ -55,7 +55,7 @@ class StridedUnit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return channel_shuffle(torch.cat([self.branch1(x), self.branch2(x)], 1), 2)
+        return channel_shuffle(torch.cat([self.branch1(x), self.branch2(x)], 1), 2, self.training)
 
 
 class ShuffleNetV2Pose(nn.Module):

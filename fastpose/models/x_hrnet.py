@@ -92,7 +92,7 @@ class ParallelSUSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, 1)
-        return channel_shuffle(torch.cat([self.hconv(a), self.wconv(b)], 1), 2)
+        return channel_shuffle(torch.cat([self.hconv(a), self.wconv(b)], 1), 2, self.training)
 
 
 def x_block(width: int, config: XHRNetConfig) -> ShuffleUnit:
