@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from fastpose.stream import run_ahead
+
 T = TypeVar("T")
 R = TypeVar("R")
+S = TypeVar("S")
 
 
 def choose_device(name: str) -> torch.device:
@@ -73,19 +76,28 @@ def wait_for_all() -> None:
 
 
 def shared_map(
-    function: Callable[[T], R], items: Sequence[T], *, share: bool = True, unit: str = "it", quiet: bool = True
+    read: Callable[[T], S],
+    function: Callable[[S], R],
+    items: Sequence[T],
+    *,
+    share: bool = True,
+    unit: str = "it",
+    quiet: bool = True,
 ) -> list[R]:
-    """``[function(item) for item in items]``, with the items dealt out among the processes of the group.
+    """``[function(read(item)) for item in items]``, with the items dealt out among the processes of the group.
 
     Every process must call it with the same items and gets all results, which must be picklable. Each item is worked on
-    alone, so that results do not depend on the number of processes.
+    alone, so that results do not depend on the number of processes. `read` runs in threads, some items ahead.
 
     Args:
         share: without it this process does everything. unit, quiet: of the progress bar, shown by the first process.
     """
     world, own = (world_size(), rank()) if share else (1, 0)
     at = range(own, len(items), world)
-    mine = {i: function(items[i]) for i in tqdm(at, unit=unit, disable=quiet or own > 0)}
+    threads = max(1, torch.get_num_threads() // 4)  # as many as `PoseEstimator` reads files with
+    with contextlib.closing(run_ahead(read, (items[i] for i in at), threads, threads)) as contents:
+        shown = tqdm(contents, total=len(at), unit=unit, disable=quiet or own > 0)
+        mine = {i: function(content) for i, content in zip(at, shown, strict=True)}
     parts: list[Any] = [mine]
     if world > 1:
         parts = [None] * world

@@ -163,7 +163,12 @@ def evaluate(
     # network and batches must not depend on who does the work: sums of floats are rounded by the size of the batch
     batches = _batches(data, estimator.batch_size)
     for part in shared_map(
-        lambda b: _estimate_boxes(estimator, data, b), batches, share=share, unit="batch", quiet=quiet
+        lambda rows: _read_boxes(data, rows),
+        lambda part: _estimate_boxes(estimator, part),
+        batches,
+        share=share,
+        unit="batch",
+        quiet=quiet,
     ):
         for kind, text in part.findings:
             data.report.add(kind, text)
@@ -190,8 +195,10 @@ def evaluate(
 
 @dataclass
 class _Part:
-    """What came of some images: people of `PoseData` by row (top-down), or found ones, and what went wrong."""
+    """What came of some images: people of `PoseData` by row, and what went wrong; meanwhile their images and boxes."""
 
+    images: list[Array] = field(default_factory=list)
+    boxes: list[Array] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     keypoints: Array = field(default_factory=lambda: np.zeros(0, np.float32))
     scores: Array = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -215,9 +222,9 @@ def _batches(data: PoseData, size: int) -> list[list[list[int]]]:
     return batches
 
 
-def _estimate_boxes(estimator: PoseEstimator, data: PoseData, batch: list[list[int]]) -> _Part:
-    """Poses in the boxes of a batch, the people's rows by image."""
-    part, images, boxes = _Part(), [], []
+def _read_boxes(data: PoseData, batch: list[list[int]]) -> _Part:
+    """Images of a batch, the people's rows by image, and the boxes that lie on them."""
+    part = _Part()
     for rows in batch:
         path = data.images[rows[0]]
         try:
@@ -234,13 +241,19 @@ def _estimate_boxes(estimator: PoseEstimator, data: PoseData, batch: list[list[i
             text = f"{path.name}: {data.boxes[row].tolist()}"
             part.findings.append((OUTSIDE, text))
         if usable.any():
-            images.append(image)
-            boxes.append(data.boxes[np.array(rows)[usable]])
+            part.images.append(image)
+            part.boxes.append(data.boxes[np.array(rows)[usable]])
             part.rows += np.array(rows)[usable].tolist()
-    if images:
-        found = estimator.estimate(images, boxes)
+    return part
+
+
+def _estimate_boxes(estimator: PoseEstimator, part: _Part) -> _Part:
+    """Poses in the boxes that were read."""
+    if part.images:
+        found = estimator.estimate(part.images, part.boxes)
         part.keypoints = np.concatenate([poses.keypoints for poses in found])
         part.scores = np.concatenate([poses.keypoint_scores for poses in found])
+    part.images, part.boxes = [], []
     return part
 
 
@@ -256,15 +269,17 @@ def _evaluate_whole_images(
     annotated, unreadable = data.annotated, []
     found: list[tuple[int, Poses]] = []
 
-    def estimate(i: int) -> Poses | ImageError:
+    def read(i: int) -> Array | ImageError:
         try:
-            image = annotated.read(i)
+            return annotated.read(i)
         except ImageError as error:
             return error
-        return estimator.estimate([image], [None])[0]
+
+    def estimate(image: Array | ImageError) -> Poses | ImageError:
+        return image if isinstance(image, ImageError) else estimator.estimate([image], [None])[0]
 
     estimator.prepare(WHOLE_IMAGE * len(annotated))  # whoever takes which part
-    results = shared_map(estimate, range(len(annotated)), share=share, unit="image", quiet=quiet)
+    results = shared_map(read, estimate, range(len(annotated)), share=share, unit="image", quiet=quiet)
     for i, result in enumerate(results):
         if isinstance(result, Poses):
             found.append((i, result))

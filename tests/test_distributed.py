@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,21 @@ def run_processes(arguments: list[str], count: int, expect: int = 0) -> list[str
 
 
 def test_the_map_of_one_process():
-    assert shared_map(lambda x: x * x, range(5)) == [0, 1, 4, 9, 16]
-    assert shared_map(str, []) == []
+    assert shared_map(float, lambda x: x * x, range(5)) == [0.0, 1.0, 4.0, 9.0, 16.0]
+    assert shared_map(str, str, []) == []
+
+
+def test_the_map_reads_what_comes_next_meanwhile():
+    begun = [threading.Event() for _ in range(3)]
+
+    def read(i):
+        begun[i].set()
+        return i
+
+    def use(i):
+        return all(event.wait(30) for event in begun[: i + 2])
+
+    assert shared_map(read, use, range(3)) == [True] * 3
 
 
 def test_devices():

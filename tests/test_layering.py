@@ -10,7 +10,8 @@ import fastpose
 ROOT = Path(fastpose.__file__).parent
 LEVEL = {
     "ops": 0, "files": 0, "skeletons": 0, "geometry": 0, "config": 0,
-    "grouping": 0, "distributed": 0, "stream": 0,
+    "grouping": 0, "stream": 0,
+    "distributed": 1,
     "layers": 1, "counting": 1, "codecs": 1, "metrics": 1, "average_precision": 1, "poses": 1, "images": 1,
     "graphs": 2, "preprocess": 2, "plan": 3,
     "data": 2, "checkpoints": 2, "draw": 2, "detect": 2, "video": 2, "tracking": 2,
