@@ -48,7 +48,7 @@ class WeightsInfo:
         padding: crop side in units of the box's longer side (see `geometry.crop_matrix`); no meaning for bottom-up
             networks, for which the lesser number of `input_size` is the shorter side of the resized image.
         codec: how its outputs become keypoints.
-        flip_test: whether averaging with the mirrored crop is recommended, since it pays.
+        flip_test: whether averaging with the mirrored crop is recommended.
         options: fields of the network's config that differ from its default.
         skeleton_definition: for a skeleton that is not built in: what `skeletons.skeleton_to_dict` says about it.
         antialias: whether crops that shrink the image are smoothed first (see `geometry.warp_crop`).

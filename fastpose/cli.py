@@ -539,9 +539,7 @@ def _export(options: argparse.Namespace) -> int:
             raise ValueError(f"{option}: {checkpoint.path} has its own, which can be changed where it is used only")
         skeleton = find_skeleton(options.skeleton) if options.skeleton else None
         described = describe_weights(checkpoint, options.model, skeleton)
-        described, _ = with_settings(described, model, skeleton, **_preparation(options))
-        if options.flip_test is not None:
-            described = dataclasses.replace(described, flip_test=options.flip_test)
+        described, _ = with_settings(described, model, skeleton, **_preparation(options), flip_test=options.flip_test)
         bits = options.bits or 16
         export_weights(model, options.output, described, bits)
         print(f"{options.output}: weights of {bits} bits for create_model and PoseEstimator")

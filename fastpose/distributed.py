@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from fastpose.stream import run_ahead
+from fastpose.stream import reading_threads, run_ahead
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -94,7 +94,7 @@ def shared_map(
     """
     world, own = (world_size(), rank()) if share else (1, 0)
     at = range(own, len(items), world)
-    threads = max(1, torch.get_num_threads() // 4)  # as many as `PoseEstimator` reads files with
+    threads = min(reading_threads(), 4)  # an item can be a batch of large images: some are held at a time
     with contextlib.closing(run_ahead(read, (items[i] for i in at), threads, threads)) as contents:
         shown = tqdm(contents, total=len(at), unit=unit, disable=quiet or own > 0)
         mine = {i: function(content) for i, content in zip(at, shown, strict=True)}

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,8 @@ def evaluate(
     # network and batches must not depend on who does the work: sums of floats are rounded by the size of the batch
     batches = _batches(data, estimator.batch_size)
     for part in shared_map(
-        lambda rows: _read_boxes(data, rows),
-        lambda part: _estimate_boxes(estimator, part),
+        partial(_read_boxes, data),
+        partial(_estimate_boxes, estimator),
         batches,
         share=share,
         unit="batch",
@@ -195,10 +196,8 @@ def evaluate(
 
 @dataclass
 class _Part:
-    """What came of some images: people of `PoseData` by row, and what went wrong; meanwhile their images and boxes."""
+    """What came of some images: people of `PoseData` by row, and what went wrong."""
 
-    images: list[Array] = field(default_factory=list)
-    boxes: list[Array] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     keypoints: Array = field(default_factory=lambda: np.zeros(0, np.float32))
     scores: Array = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -222,9 +221,9 @@ def _batches(data: PoseData, size: int) -> list[list[list[int]]]:
     return batches
 
 
-def _read_boxes(data: PoseData, batch: list[list[int]]) -> _Part:
-    """Images of a batch, the people's rows by image, and the boxes that lie on them."""
-    part = _Part()
+def _read_boxes(data: PoseData, batch: list[list[int]]) -> tuple[_Part, list[Array], list[Array]]:
+    """The images of a batch (the people's rows by image), the boxes that lie on them, and whose they are."""
+    part, images, boxes = _Part(), [], []
     for rows in batch:
         path = data.images[rows[0]]
         try:
@@ -241,19 +240,19 @@ def _read_boxes(data: PoseData, batch: list[list[int]]) -> _Part:
             text = f"{path.name}: {data.boxes[row].tolist()}"
             part.findings.append((OUTSIDE, text))
         if usable.any():
-            part.images.append(image)
-            part.boxes.append(data.boxes[np.array(rows)[usable]])
+            images.append(image)
+            boxes.append(data.boxes[np.array(rows)[usable]])
             part.rows += np.array(rows)[usable].tolist()
-    return part
+    return part, images, boxes
 
 
-def _estimate_boxes(estimator: PoseEstimator, part: _Part) -> _Part:
-    """Poses in the boxes that were read."""
-    if part.images:
-        found = estimator.estimate(part.images, part.boxes)
+def _estimate_boxes(estimator: PoseEstimator, read: tuple[_Part, list[Array], list[Array]]) -> _Part:
+    """The poses in what `_read_boxes` has read."""
+    part, images, boxes = read
+    if images:
+        found = estimator.estimate(images, boxes)
         part.keypoints = np.concatenate([poses.keypoints for poses in found])
         part.scores = np.concatenate([poses.keypoint_scores for poses in found])
-    part.images, part.boxes = [], []
     return part
 
 

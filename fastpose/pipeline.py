@@ -42,7 +42,7 @@ from fastpose.plan import optimize as fastpose_optimize
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize, planes_on, warp_crops
 from fastpose.skeletons import Skeleton
-from fastpose.stream import run_ahead
+from fastpose.stream import reading_threads, run_ahead
 
 # preparing an optimised network costs about as much as it saves on so many crops
 OPTIMIZE_AFTER = 128
@@ -190,7 +190,7 @@ class PoseEstimator:
         network = create_from(checkpoint, model)
         info = describe_weights(checkpoint, model, skeleton)
         chosen = get_codec(codec) if isinstance(codec, str) else codec
-        self.info, self.skeleton = with_settings(info, network, skeleton, chosen, input_size, padding)
+        self.info, self.skeleton = with_settings(info, network, skeleton, chosen, input_size, padding, flip_test)
         self.model_name = self.info.model
         self.model = channels_last(network.to(self.device))
         if optimize:
@@ -210,7 +210,7 @@ class PoseEstimator:
         self.own_detector = callable(detector) and not self.bottom_up
         self.try_whole_image = isinstance(detector, str) and detector == "auto" and self.detector is not whole_image
         self.batch_size = batch_size
-        self.flip_test = self.info.flip_test if flip_test is None else flip_test
+        self.flip_test = self.info.flip_test
         self.nms, self.nms_threshold = nms, nms_threshold
         self.keypoint_threshold = keypoint_threshold
         self.crop_on_device = crop_on_device
@@ -268,7 +268,6 @@ class PoseEstimator:
         if isinstance(pairs, list):
             self.prepare(sum(self._least_crops(boxes) for _, boxes in pairs))
         ahead = 0 if isinstance(pairs, list) and len(pairs) < 2 else min(self.batch_size, AHEAD)
-        threads = max(1, torch.get_num_threads() // 4)  # enough to keep so many busy with the network
         # images that are on the device already are due on the caller's stream, which threads do not inherit
         here = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
@@ -281,7 +280,7 @@ class PoseEstimator:
                 return self._find(self._read(*pair, channel_order))
 
         work = read if self.own_detector else read_and_find
-        with contextlib.closing(run_ahead(work, pairs, ahead, threads)) as jobs:
+        with contextlib.closing(run_ahead(work, pairs, ahead, reading_threads())) as jobs:
             yield from self._estimate(map(self._find, jobs) if self.own_detector else jobs)
 
     def _estimate(self, jobs: Iterable[_Job]) -> Results:
@@ -587,6 +586,7 @@ def with_settings(
     codec: Codec | None,
     input_size: tuple[int, int] | None,
     padding: float | None,
+    flip_test: bool | None,
 ) -> tuple[WeightsInfo, Skeleton]:
     """`info` with what a user has chosen instead, where that is not None, and the keypoints.
 
@@ -594,7 +594,9 @@ def with_settings(
         ValueError: something that the network cannot do.
     """
     name = skeleton.name if isinstance(skeleton, Skeleton) else skeleton
-    changes = {"skeleton": name, "codec": codec, "input_size": input_size, "padding": padding}
+    changes = {
+        "skeleton": name, "codec": codec, "input_size": input_size, "padding": padding, "flip_test": flip_test
+    }  # fmt: skip
     info = dataclasses.replace(info, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
     keypoints = skeleton if isinstance(skeleton, Skeleton) else info.get_skeleton()
     check_number(keypoints, info.num_keypoints)

@@ -7,8 +7,15 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def reading_threads() -> int:
+    """Threads that read and cut images fast enough to keep the network busy on the rest of torch's."""
+    return max(1, torch.get_num_threads() // 4)
 
 
 def run_ahead(function: Callable[[T], R], items: Iterable[T], ahead: int, threads: int = 1) -> Generator[R, None, None]:
