@@ -79,6 +79,28 @@ def test_set_fused_switches_every_layer():
             fastpose.set_fused(model, True)
 
 
+@pytest.mark.parametrize("name", ["mobileposenet", "ghostnet_pose"])
+def test_functional_derivatives(name):
+    """Gradients of each sample by `torch.func`, and a derivative in a direction by all three ways."""
+    model = fastpose.create_model(name, num_keypoints=2).eval()
+    parameters = {k: p.detach() for k, p in model.named_parameters()}
+    images = torch.randn(2, 3, 64, 32)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    directions = {k: torch.randn_like(p) for k, p in parameters.items()}
+    ahead = [torch.func.jvp(lambda p: loss(p, image), (parameters,), (directions,))[1] for image in images]  # noqa: B023
+    for i, image in enumerate(images):
+        model.zero_grad()
+        model(image[None]).square().mean().backward()
+        expected = {k: p.grad for k, p in model.named_parameters()}
+        assert all(torch.allclose(each[k][i], v, rtol=1e-3, atol=1e-6) for k, v in expected.items())
+        along = sum((expected[k] * directions[k]).sum() for k in expected)
+        assert along.abs() > 0 and torch.allclose(ahead[i], along, rtol=1e-3)
+
+
 @needs_kernels
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def test_every_instruction_set_level(level):

@@ -992,6 +992,8 @@ def test_wrong_images():
         fast(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="has no gradient"):
         fast(torch.zeros(1, 3, 64, 64, requires_grad=True)).sum().backward()
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        torch.func.jvp(fast, (torch.zeros(1, 3, 64, 64),), (torch.ones(1, 3, 64, 64),))
 
 
 class Rare(nn.Module):

@@ -45,7 +45,7 @@ def load_dataset(
             ``skeleton.toml`` or ``skeleton.json`` at `root`, or else what the annotation file says.
         annotations, images: other places of the annotation file and the image folder (not for LSP and LSPET).
         detections, least_score, keep_missing: see `load_coco_format`; only for data in COCO's format.
-        limit: only the first images of the split (0: all).
+        limit: only the first images of the split (0: all); the report is about whole annotation files.
         metric: one of `METRICS`, if not the data set's own (PCK for LSP, PCKh for MPII, AP otherwise).
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import library as torch_library
+from torch.autograd import forward_ad
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_ops.so"
 OPS = ("ghost_cheap", "ghost_cheap_backward", "dw_upsample", "dw_upsample_backward", "oks_nms", "run_plan")
@@ -56,6 +57,12 @@ def use_fused() -> bool:
     return LOADED
 
 
+def runs_reference() -> bool:
+    """Whether a differentiable operator called from Python runs its reference: without the library, and inside
+    `torch.func` and forward-mode differentiation, which refuse the kernels or take their derivatives to be zero."""
+    return not LOADED or forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
 def has_kernel(op: str, device: str) -> bool:
     """Whether an operator has a compiled kernel for ``"cpu"`` or ``"cuda"``; without one it runs the reference there.
 
@@ -76,6 +83,14 @@ def set_fused(model: nn.Module, on: bool) -> nn.Module:
         if hasattr(layer, "fused"):
             layer.fused = on  # type: ignore[assignment]
     return model
+
+
+def without_gradient(name: str) -> str:
+    """What to say where somebody differentiates an operator that cannot be."""
+    return (
+        f"{name} has no gradient here; the reference has: fastpose.set_fused(model, False), "
+        "or the network that was optimised"
+    )
 
 
 def register(
@@ -101,10 +116,7 @@ def register(
     if backward is None:
 
         def refuse(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(
-                f"{name} has no gradient here; the reference has: fastpose.set_fused(model, False), "
-                "or the network that was optimised"
-            )
+            raise RuntimeError(without_gradient(name))
 
         backward = refuse
     torch_library.register_autograd(name, backward, setup_context=setup_context)

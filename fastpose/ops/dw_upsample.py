@@ -39,7 +39,7 @@ def dw_upsample(
         ValueError: a shape, dtype or setting that does not fit; names the argument, what was expected and given.
     """
     if not torch.jit.is_scripting():
-        if not _backend.LOADED:
+        if _backend.runs_reference():
             return dw_upsample_reference(x, weight, bias, activation, stride, padding, output_padding)
     return torch.ops.fastpose.dw_upsample(x, weight, bias, activation, stride, padding, output_padding)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastpose.ops import _backend
 
@@ -22,7 +23,12 @@ def run_plan(x: Tensor, program: Tensor, weights: Tensor, outputs: list[int]) ->
 
     Raises:
         ValueError: a wrong dtype or shape, a damaged program, or images the network cannot take.
+        RuntimeError: somebody differentiates it.
     """
+    if not torch.jit.is_scripting():
+        # forward-mode differentiation would go on with a derivative of zero
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(_backend.without_gradient("fastpose::run_plan"))
     return torch.ops.fastpose.run_plan(x, program, weights, outputs)
 
 

@@ -128,7 +128,11 @@ def test_gradcheck(activation, layout, device):
     for k, s, p, op in ((4, 2, 1, 0), (3, 2, 1, 1), (5, 3, 2, 2), (3, 1, 1, 0)):
         x, weight, bias = sample((2, 5, 4, 3), k, torch.float64, layout, device=device)
         inputs = [t.requires_grad_() for t in (x, weight, bias)]
-        assert torch.autograd.gradcheck(lambda x, w, b: dw_upsample(x, w, b, activation, s, p, op), inputs)  # noqa: B023
+        assert torch.autograd.gradcheck(
+            lambda x, w, b: dw_upsample(x, w, b, activation, s, p, op),  # noqa: B023
+            inputs,
+            check_forward_ad=True,
+        )
 
 
 @pytest.mark.parametrize("dtype", list(TOL), ids=str)

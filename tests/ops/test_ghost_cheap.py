@@ -117,7 +117,11 @@ def test_gradcheck(activation, layout, device):
     for k, m in ((3, 1), (5, 2)):
         x, weight, bias = sample((2, 5, 4, 3), k, m, torch.float64, layout, device=device)
         inputs = [t.requires_grad_() for t in (x, weight, bias)]
-        assert torch.autograd.gradcheck(lambda x, w, b: ghost_cheap(x, w, b, activation), inputs)
+        assert torch.autograd.gradcheck(
+            lambda x, w, b: ghost_cheap(x, w, b, activation),
+            inputs,
+            check_forward_ad=True,
+        )
 
 
 @pytest.mark.parametrize("dtype", list(TOL), ids=str)
