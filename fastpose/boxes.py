@@ -43,8 +43,8 @@ def read_boxes(path: str | Path) -> dict[str, BoxesOfImage]:
     if not path.exists() or path.is_dir():  # a pipe will do
         raise FileNotFoundError(f"boxes {path}: no such file")
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"boxes {path}: not valid JSON: {error}") from None
     try:
         if isinstance(content, dict) and "images" in content and "annotations" in content:

@@ -34,7 +34,7 @@ def read_config(cls: type[T], path: str | Path | None, overrides: list[str]) -> 
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"configuration file {path} does not exist")
-        values = _read_json(path) if path.suffix == ".json" else _read_toml(path)
+        values = dict(read_run(path)["config"]) if path.suffix == ".json" else _read_toml(path)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -72,14 +72,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"configuration file {path} is not valid TOML: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> dict[str, Any]:
+    """Contents of a run's ``config.json``, of which ``config`` are the settings; raises ValueError if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"configuration file {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ValueError(f"configuration file {path} has no 'config'; expected the config.json of a run")
-    return dict(content["config"])
+    return content
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:

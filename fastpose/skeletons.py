@@ -188,7 +188,7 @@ def read_skeleton(path: str | Path) -> Skeleton:
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix.lower() == ".json" else _tomllib().loads(text)
-    except ValueError as error:  # both decoders' errors and a wrong encoding
+    except (ValueError, RecursionError) as error:  # both decoders' errors and a wrong encoding
         raise ValueError(f"skeleton file {path} is not valid {path.suffix[1:].upper()}: {error}") from None
     try:
         return skeleton_from_dict(content, path.stem)

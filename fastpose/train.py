@@ -52,6 +52,7 @@ from fastpose.training.records import (
     check_data,
     fingerprint,
     random_state,
+    read_state,
     report_data,
     save_state,
     set_random_state,
@@ -105,7 +106,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool, quiet: bool)
     val_data = scenes_to_validate(config, val_data, output, resume) if config.bottom_up else val_data
     check_validation(val_data)
     data = {"train": fingerprint(train_data), "val": fingerprint(val_data)}
-    state: dict[str, Any] = torch.load(last, map_location="cpu", weights_only=True) if resume else {}
+    state: dict[str, Any] = read_state(last) if resume else {}
     check_data(state.get("data", {}), data)
     store = open_store(config, train_data, quiet or not first)
     schedule = Schedule(config, len(store))
@@ -228,7 +229,9 @@ def _check_output(config: TrainConfig, output: Path, resume: bool) -> bool:
     Returns whether there is something to go on from: a run killed before it saved anything begins again.
     """
     last = output / "last.pt"
-    saved = last.is_file()
+    saved = last.exists()
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output {output} is a file, expected a folder or the name of a new one")
     if resume and not output.is_dir():
         raise FileNotFoundError(f"nothing to resume: {output} does not exist")
     if not resume and saved:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib import resources
 from pathlib import Path
 
 import cv2
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from fastpose.average_precision import average_precision
+from fastpose.boxes import read_boxes
 from fastpose.data import Report, from_results, load_coco_format, load_dataset, read_annotated, to_results
 from fastpose.data.validate import validate_data
 from fastpose.images import ImageError
+from fastpose.scoring import score_poses
 from fastpose.skeletons import (
     COCO17,
     CROWDPOSE14,
@@ -207,7 +210,8 @@ def test_detections(tmp_path):
     with pytest.raises(ValueError, match="expected a list of"):
         load_dataset("coco", tmp_path, "val", detections=tmp_path / "annotations" / "person_keypoints_val2017.json")
     data = load_dataset("coco", tmp_path, "val", detections=[{**first, "category_id": {}}])
-    assert kinds(data.report) == {"detection of another category": 1, "no detection is left": 1} and data.report.wrong
+    malformed = "detection without image_id, bbox [x, y, width, height] or score"
+    assert kinds(data.report) == {malformed: 1, "no detection is left": 1} and data.report.wrong
 
 
 def test_results_for_a_test_set_without_annotations(tmp_path):
@@ -270,8 +274,9 @@ def test_results_survive_the_round_trip(tmp_path):
     assert average_precision(data.annotated.people, results, COCO17.sigmas).ap == 1.0
     report = Report()
     entries += [{"image_id": 1}, 5, {**entries[0], "image_id": 99}, {**entries[0], "score": None}]
+    entries += [{**entries[0], "image_id": [10]}, {**entries[0], "category_id": [1]}]
     assert len(from_results(entries, data.annotated, report)) == len(data)
-    assert sorted(kinds(report).values()) == [1, 3]
+    assert sorted(kinds(report).values()) == [1, 5] and report.wrong == 5
     others = [{**entry, "category_id": 9} for entry in entries[: len(data)]]
     without = [{k: v for k, v in entry.items() if k != "category_id"} for entry in entries[: len(data)]]
     report = Report()
@@ -313,6 +318,28 @@ def test_mpii_in_hrnets_format(tmp_path):
     (tmp_path / "annot" / "gt_valid.mat").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not a MATLAB file"):
         load_dataset("mpii", tmp_path, "val")
+
+
+def test_mpii_with_odd_ground_truth(tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    _, labelled, _ = datasets.write_mpii(tmp_path)
+    path = tmp_path / "annot" / "gt_valid.mat"
+    content = {k: v for k, v in scipy_io.loadmat(path).items() if not k.startswith("_")}
+    person, joint = np.argwhere(labelled)[0]
+    content["pos_gt_src"] = content["pos_gt_src"].astype(float)
+    content["pos_gt_src"][joint, 0, person] = np.nan
+    content["headboxes_src"] = content["headboxes_src"].astype(float)
+    content["headboxes_src"][:, :, 2] = 7
+    content["headboxes_src"][0, 0, 3] = np.nan
+    scipy_io.savemat(path, content)
+    data = load_dataset("mpii", tmp_path, "val")
+    assert kinds(data.report) == {
+        "labelled keypoint that is not a finite number (not labelled)": 1,
+        "head box without size (the person is not scored)": 2,
+    }
+    assert not data.labelled[person, joint] and data.labelled.sum() == labelled.sum() - 1
+    score = score_poses(data, data.keypoints, np.ones((6, 16), np.float32))
+    assert score.value == 100 and score.people == 4
 
 
 def test_mpii_official(tmp_path):
@@ -366,6 +393,63 @@ def test_lsp(tmp_path):
     assert kinds(train.report) == {"image file missing": 997, "image cannot be read": 1}
     few = load_dataset("lsp", tmp_path, "train", limit=2)
     assert [p.name for p in few.images] == ["im0001.jpg", "im0002.jpg"] and not few.report.findings
+    joints[0, 3, 0], joints[1, 4, 1] = np.nan, 1e300
+    scipy_io.savemat(tmp_path / "joints.mat", {"joints": joints})
+    odd = load_dataset("lsp", tmp_path, "train", limit=2)
+    assert kinds(odd.report) == {"labelled keypoint that is not a finite number (not labelled)": 2}
+    assert odd.labelled.sum(1).tolist() == [13, 13] and np.isfinite(odd.boxes).all()
+    joints[:2] = 3
+    scipy_io.savemat(tmp_path / "joints.mat", {"joints": joints})
+    with pytest.raises(ValueError, match="(?s)nobody to estimate on 1000 images, .*one labelled position and no box"):
+        load_dataset("lsp", tmp_path, "train")
+
+
+def test_lspet_with_odd_joints(tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    joints = np.random.default_rng(0).uniform(5, 80, (14, 3, 10000))
+    joints[:, 2] = 1
+    joints[0, 2, :] = 2
+    joints[1, 0, :] = np.inf
+    joints[2, 2, :] = np.nan
+    scipy_io.savemat(tmp_path / "joints.mat", {"joints": joints})
+    first, second = load_lspet_names("val")[:2]
+    datasets.picture(tmp_path / "images" / first, np.zeros((0, 14, 2)))
+    (tmp_path / "images" / second).mkdir()  # a folder
+    data = load_dataset("lspet", tmp_path, "val")
+    assert len(data) == 1 and data.labelled[0].tolist() == [True, False, False, *[True] * 11]
+    assert kinds(data.report) == {
+        "keypoint flag other than 0 or 1 (above 0 is read as labelled)": 500,
+        "labelled keypoint that is not a finite number (not labelled)": 500,
+        "image cannot be read": 1,
+        "image file missing": 498,
+    }
+    joints[:, 2] = 0
+    scipy_io.savemat(tmp_path / "joints.mat", {"joints": joints})
+    with pytest.raises(ValueError, match="(?s)nobody to estimate on 500 images, .*without labelled keypoints: 1"):
+        load_dataset("lspet", tmp_path, "val")
+
+
+def load_lspet_names(split):
+    lists = json.loads(resources.files("fastpose.data").joinpath("lspet_split.json").read_text())
+    return [f"im{i:05d}.jpg" for i in lists[split]]
+
+
+def test_links_that_cannot_be_are_counted(tmp_path):
+    content = datasets.coco_content(("a", "b", "c"), 6)
+    content["categories"][0]["skeleton"] = [[0, 1], [2, 3], [1, 99], "x", [1, 1], [[1], 2]]
+    datasets.write_coco(tmp_path, content, "annotations.json", "images")
+    data = load_dataset("custom", tmp_path, "all")
+    assert data.skeleton.links == ((1, 2),)
+    assert kinds(data.report) == {"link in 'skeleton' that is not two keypoints from 1 to 3": 5} and data.report.wrong
+
+
+def test_json_too_deep_to_read(tmp_path):
+    datasets.write_coco(tmp_path, datasets.coco_content(("a", "b")), "annotations.json", "images")
+    deep = tmp_path / "annotations.json"
+    deep.write_text("[" * 100_000 + "]" * 100_000)
+    for read in (lambda: load_dataset("custom", tmp_path, "all"), lambda: read_boxes(deep)):
+        with pytest.raises(ValueError, match="annotations.json.*not valid JSON"):
+            read()
 
 
 def test_files_from_other_systems(tmp_path):

@@ -197,6 +197,11 @@ def test_pck_needs_shoulders(tmp_path):
         evaluate(Oracle(data), data)
 
 
+def content_without_people(folder):
+    path = folder / "data" / "annotations" / "person_keypoints_val2017.json"
+    return {**json.loads(path.read_text()), "annotations": []}
+
+
 def test_command_line(tmp_path, capsys):
     from fastpose.checkpoints import WeightsInfo, save_weights
     from fastpose.cli import main
@@ -231,6 +236,22 @@ def test_command_line(tmp_path, capsys):
     again = json.loads((tmp_path / "m.json").read_text())
     assert again["numbers"] == numbers["numbers"] and again["per_keypoint"] == numbers["per_keypoint"]
     assert main([*common, *weights]) == 2 and "none of the 6 images" in capsys.readouterr().err
+    # what is left out is told
+    (tmp_path / "elsewhere").rename(tmp_path / "data" / "val2017")
+    half = [
+        {"image_id": 7 if i % 2 else a["image_id"], "category_id": 1, "keypoints": a["keypoints"], "score": 1}
+        for i, a in enumerate(content["annotations"])
+    ]
+    notes = []
+    for kind, entries in (("predictions", half), ("boxes", [{**f, "image_id": 7} for f in found])):
+        (tmp_path / "part.json").write_text(json.dumps(entries))
+        notes.append((main([*common, *weights, f"--{kind}", str(tmp_path / "part.json")]), capsys.readouterr().err))
+    assert notes[0][0] == 0 and "note: result for an image that is not evaluated: 5 (7, 7, 7, ...)" in notes[0][1]
+    assert notes[1][0] == 2 and "no detection is left" in notes[1][1]
+    (tmp_path / "nobody.json").write_text(json.dumps(content_without_people(tmp_path)))
+    nobody = ["--annotations", str(tmp_path / "nobody.json"), "--predictions", str(tmp_path / "r.json")]
+    assert main([*common, *nobody]) == 2 and "nobody could be measured" in capsys.readouterr().err
+    (tmp_path / "data" / "val2017").rename(tmp_path / "elsewhere")
     (tmp_path / "w.png").unlink()
     black = [*common, "--predictions", str(tmp_path / "r.json"), "--worst", str(tmp_path / "w.png")]
     assert main(black) == 0 and cv2.imread(str(tmp_path / "w.png")) is not None

@@ -303,3 +303,15 @@ def test_imitation_is_the_loss_with_another_networks_heatmaps(codec):
     (gradient,) = torch.autograd.grad(codec.imitation_loss(same, target.detach()), same)
     assert gradient.abs().max() < 1e-6
     assert torch.isfinite(codec.imitation_loss(outputs, torch.zeros_like(outputs)))
+
+
+@pytest.mark.parametrize("codec", ALL, ids=lambda c: c.type)
+def test_nothing_to_learn_from(codec):
+    """No people and no cells: losses of 0, targets that weigh nothing."""
+    keypoints, valid = torch.rand(2, 5, 2), torch.ones(2, 5, dtype=torch.bool)
+    maps = torch.rand(0, 5, 8, 6, requires_grad=True)
+    for loss in (codec.loss(maps, keypoints[:0], valid[:0]), codec.imitation_loss(maps, maps.detach())):
+        loss.backward()
+        assert loss == 0
+    target, weight = codec.encode(keypoints, valid, (0, 5))
+    assert target.shape == (2, 5, 0, 5) and (codec.type == "softmax" or not weight.any())

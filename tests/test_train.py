@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -567,6 +569,55 @@ def test_images_to_validate_on_are_looked_at_before_training(tmp_path):
 def test_nothing_to_resume(lspet, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume: .*run does not exist"):
         train(config(lspet, tmp_path / "run"), resume=True)
+
+
+def test_damaged_files_of_a_run_are_named(lspet, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_when_saved(patched, 2)
+        train(short(lspet, run), quiet=True)
+    settings = short(lspet, run)
+    last, written = run / "last.pt", (run / "last.pt").read_bytes()
+    flipped = bytearray(written)
+    flipped[len(written) // 2] ^= 1
+    state = torch.load(last, weights_only=True)
+    partial = {k: v for k, v in state.items() if k != "optimizer"}
+    for content, reason in (
+        (b"", "not a zip file"),
+        (written[:5000], "not a zip file"),
+        (written[: len(written) * 9 // 10], "not a zip file"),
+        (bytes(flipped), "checksum of .* is wrong"),
+        (pickle.dumps({"model": 1}), "not a zip file"),
+        (saved([1]), "it holds a list"),
+        (saved({"a": 1}), "it has no model, optimizer, average"),
+        (saved(partial), "it has no optimizer"),
+        (None, "Is a directory"),
+    ):
+        last.unlink()
+        last.mkdir() if content is None else last.write_bytes(content)
+        with pytest.raises(ValueError, match=f"last.pt is damaged, or not what a run saves .*{reason}.*; delete it"):
+            train(settings, resume=True, quiet=True)
+    last.rmdir()
+    last.write_bytes(written)
+    path = run / "config.json"
+    text = path.read_text()
+    for content, reason in (("{", "is not valid JSON"), ("[]", "has no 'config'"), ("{}", "has no 'config'")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"config.json {reason}"):
+            train(settings, resume=True, quiet=True)
+    path.unlink()
+    capsys.readouterr()
+    train(settings, resume=True, quiet=True)
+    assert "config.json is missing: nobody can tell whether the settings are the same" in capsys.readouterr().err
+    path.write_text(text)
+    with pytest.raises(FileExistsError, match="config.json is a file, expected a folder"):
+        train(short(lspet, path), quiet=True)
+
+
+def saved(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def stop_when_saved(monkeypatch, step: int) -> list[int]:

@@ -182,7 +182,7 @@ def gaussian_maps(centres: Tensor, sigma: float, size: tuple[int, int], low: Ten
 
 def masked_targets(maps: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Targets and weights: keypoints that are not valid, or of whose Gaussian no cell is on the map, weigh nothing."""
-    weight = valid & (maps.flatten(-2).amax(-1) > 0) if maps[..., 0, 0].numel() else valid
+    weight = valid & (maps.flatten(-2).amax(-1) > 0) if maps.numel() else torch.zeros_like(valid)
     return torch.where(weight[..., None, None], maps, torch.zeros_like(maps)), weight.to(maps.dtype)
 
 

@@ -56,6 +56,8 @@ class SoftmaxHeatmapCodec(HeatmapCodec):
 
     def imitation_loss(self, outputs: Tensor, heatmaps: Tensor) -> Tensor:
         """Mean cross-entropy with the probability maps `heatmaps` [B, K, H, W], which need not sum to 1."""
+        if outputs.numel() == 0:
+            return outputs.sum()
         target, logits = heatmaps.flatten(2), outputs.flatten(2)
         target = target / target.sum(2, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
         return (torch.logsumexp(logits, 2) - (target * logits).sum(2)).mean()

@@ -19,6 +19,7 @@ Array = NDArray[Any]
 METRICS = ("PCK@0.2", "PCKh@0.5", "AP")
 # kinds of findings that every data set may have
 MISSING, UNREADABLE = "image file missing", "image cannot be read"
+NOT_FINITE = "labelled keypoint that is not a finite number (not labelled)"
 OUTSIDE = "box outside the image (not estimated)"
 NO_SIZE = "one labelled position and no box tell no size (not estimated)"
 

@@ -35,6 +35,7 @@ from fastpose.skeletons import UNDEFINED, Skeleton, skeleton_from_dict, unpaired
 
 AREA_SHARE = 0.53  # of a box
 NO_RESULT = "no result is left"
+NO_DETECTION = "no detection is left"
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,17 @@ def read_json(path: str | Path, what: str) -> Any:
         raise FileNotFoundError(f"{what} {path} does not exist")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} {path} is not valid JSON: {error}") from None
 
 
-def skeleton_of_annotations(content: dict[str, Any], name: str = UNDEFINED, category: int | None = None) -> Skeleton:
+def skeleton_of_annotations(
+    content: dict[str, Any], name: str = UNDEFINED, category: int | None = None, report: Report | None = None
+) -> Skeleton:
     """Skeleton from ``categories`` of an annotation file: its ``keypoints`` (names) and ``skeleton`` (pairs from 1).
 
-    Pairs of left and right are found by the names, sigmas are 0.07 (see `fastpose.skeletons.read_skeleton`).
+    Pairs of left and right are found by the names, sigmas are 0.07 (see `fastpose.skeletons.read_skeleton`). Links that
+    cannot be are left out and counted in `report`: some files have those of another skeleton, or count from 0.
 
     Raises:
         ValueError: no category has keypoint names.
@@ -72,16 +76,13 @@ def skeleton_of_annotations(content: dict[str, Any], name: str = UNDEFINED, cate
     for entry in _category_list(content):
         names = _keypoint_names(entry)
         if names and category in (None, entry.get("id")):
-            pairs = entry.get("skeleton")
-            links = [
-                (pair[0] - 1, pair[1] - 1)
-                for pair in (pairs if isinstance(pairs, list) else [])
-                # some files have the links of another skeleton
-                if isinstance(pair, list)
-                and len(pair) == 2
-                and all(type(end) is int and 1 <= end <= len(names) for end in pair)
-                and pair[0] != pair[1]
-            ]
+            pairs, links = entry.get("skeleton"), []
+            for pair in pairs if isinstance(pairs, list) else []:
+                two = isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1]
+                if two and all(type(end) is int and 1 <= end <= len(names) for end in pair):
+                    links.append((pair[0] - 1, pair[1] - 1))
+                elif report is not None:
+                    report.add(f"link in 'skeleton' that is not two keypoints from 1 to {len(names)}", pair)
             return skeleton_from_dict({"name": name, "names": names, "links": links})
     raise ValueError("no category has 'keypoints', the names; add them or give a skeleton file")
 
@@ -132,12 +133,12 @@ def load_coco_format(
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{where}: expected COCO's format, a JSON object with the list {key!r}")
+    report = Report()
     if skeleton is None:
         try:
-            skeleton = skeleton_of_annotations(content)
+            skeleton = skeleton_of_annotations(content, report=report)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-    report = Report()
     for keypoint in unpaired_sides(skeleton):
         report.add("keypoint of one side without that of the other", keypoint, wrong=False)
     images = _images(content["images"], report)
@@ -482,9 +483,10 @@ def _detected(
     at, boxes, scores, kinds = [], [], [], []
     for i, entry in enumerate(content):
         box = _numbers(entry.get("bbox"), 4) if isinstance(entry, dict) else None
-        if box is None or not is_number(entry.get("score")) or not _is_id(entry.get("image_id")):
+        known = box is not None and _is_id(entry.get("image_id")) and _is_id(entry.get("category_id", 1))
+        if box is None or not known or not is_number(entry.get("score")):
             report.add("detection without image_id, bbox [x, y, width, height] or score", f"{where}[{i}]")
-        elif "category_id" in entry and not (_is_id(entry["category_id"]) and entry["category_id"] in categories):
+        elif entry.get("category_id", annotated.category) not in categories:
             report.add("detection of another category", f"{where}[{i}]", wrong=False)
         elif entry["image_id"] not in place:
             report.add("detection on an image that is not evaluated", entry["image_id"], wrong=False)
@@ -499,7 +501,7 @@ def _detected(
             kinds.append(entry.get("category_id", annotated.category))
     n, k = len(at), skeleton.num_keypoints
     if content and n == 0:
-        report.add("no detection is left", where)
+        report.add(NO_DETECTION, where)
     return PoseData(
         skeleton,
         tuple(annotated.files[i] for i in at),
@@ -646,11 +648,12 @@ def from_results(entries: list[Any], annotated: AnnotatedImages, report: Report 
     for i, entry in enumerate(entries):
         flat = _numbers(entry.get("keypoints"), 3 * k) if isinstance(entry, dict) else None
         box = _numbers(entry.get("bbox"), 4) if has_box and flat is not None else None
-        if flat is None or not is_number(entry.get("score")) or (has_box and box is None):
-            report.add(f"result without {k} x (x, y, score), score or bbox", f"results[{i}]")
+        known = flat is not None and _is_id(entry.get("image_id")) and _is_id(entry.get("category_id", 1))
+        if flat is None or not known or not is_number(entry.get("score")) or (has_box and box is None):
+            report.add(f"result without image_id, {k} x (x, y, score), score or bbox", f"results[{i}]")
             continue
-        if not _is_id(entry.get("image_id")) or entry["image_id"] not in place:
-            report.add("result for an image that is not evaluated", entry.get("image_id"), wrong=False)
+        if entry["image_id"] not in place:
+            report.add("result for an image that is not evaluated", entry["image_id"], wrong=False)
             continue
         if entry.get("category_id", annotated.category) not in accepted:
             report.add(f"result of another category than {which}", entry["category_id"], wrong=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastpose.data.base import PoseData
+from fastpose.data.base import PoseData, Report
 from fastpose.data.lspet import people_of_images, read_joints
 
 
@@ -30,4 +30,4 @@ def load_lsp(root: str | Path, split: str, limit: int = 0) -> PoseData:
     ids = np.arange(1, 1001) if split == "train" else np.arange(1001, 2001)
     joints = read_joints(root / "joints.mat", (3, 14, 2000)).transpose(2, 1, 0)[ids - 1, :, :2]
     files = tuple(root / "images" / f"im{i:04d}.jpg" for i in ids)
-    return people_of_images(files, joints.astype(np.float32), np.isfinite(joints).all(-1), limit)
+    return people_of_images(files, joints, np.ones(joints.shape[:2], bool), Report(), limit)

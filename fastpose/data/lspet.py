@@ -19,6 +19,7 @@ from fastpose.data.base import (
     KEYPOINT_MARGIN,
     MISSING,
     NO_SIZE,
+    NOT_FINITE,
     UNREADABLE,
     Array,
     PoseData,
@@ -49,16 +50,30 @@ def load_lspet(root: str | Path, split: str, limit: int = 0) -> PoseData:
         ids = np.setdiff1d(np.arange(1, 10001), np.array(lists["val"] + lists["reserved"]))
     joints = read_joints(root / "joints.mat", (14, 3, 10000)).transpose(2, 0, 1)[ids - 1]
     files = tuple(root / "images" / f"im{i:05d}.jpg" for i in ids)
-    return people_of_images(files, joints[..., :2].astype(np.float32), joints[..., 2] > 0, limit)
+    report = Report()
+    for i in np.flatnonzero(~np.isin(joints[..., 2], (0, 1)).all(1)):
+        report.add("keypoint flag other than 0 or 1 (above 0 is read as labelled)", files[i].name)
+    return people_of_images(files, joints[..., :2], joints[..., 2] > 0, report, limit)
 
 
-def people_of_images(files: tuple[Path, ...], keypoints: Array, labelled: Array, limit: int = 0) -> PoseData:
-    """One person per image with a box around their keypoints; images that cannot be read are reported and left out.
+def people_of_images(
+    files: tuple[Path, ...], keypoints: Array, labelled: Array, report: Report, limit: int = 0
+) -> PoseData:
+    """One person per image with a box around their keypoints; what cannot be used is reported and left out.
 
     Args:
-        keypoints: float32 [N, 14, 2] pixels; labelled: bool [N, 14]; limit: of images with somebody (0: all).
+        keypoints: float64 [N, 14, 2] pixels; labelled: bool [N, 14]; report: added to; limit: of images with somebody
+            (0: all).
+
+    Raises:
+        FileNotFoundError: no image can be read. ValueError: nobody is on them.
     """
-    report = Report()
+    with np.errstate(over="ignore"):
+        keypoints = keypoints.astype(np.float32)
+    broken = labelled & ~np.isfinite(keypoints).all(-1)
+    for i, j in np.argwhere(broken):
+        report.add(NOT_FINITE, f"{files[i].name} {LSP14.names[j]}")
+    labelled = labelled & ~broken
     good: list[int] = []
     sizes = np.zeros((len(files), 2), np.float32)
     for i, path in enumerate(files):
@@ -67,19 +82,21 @@ def people_of_images(files: tuple[Path, ...], keypoints: Array, labelled: Array,
         try:
             image = read_image(path)
         except ImageError as error:
-            report.add(UNREADABLE if path.is_file() else MISSING, error)
+            report.add(UNREADABLE if path.exists() else MISSING, error)
             continue
         sizes[i] = image.shape[1], image.shape[0]
         if labelled[i].any():
             good.append(i)
         else:
             report.add("person without labelled keypoints", path.name, wrong=False)
-    if not good:
+    if not sizes.any():
         raise FileNotFoundError(f"none of the {len(files)} images can be read, e.g. {files[0]}")
     boxes = boxes_of_keypoints(keypoints, labelled, KEYPOINT_MARGIN, sizes)
     for i in [i for i in good if not np.ptp(keypoints[i][labelled[i]], axis=0).any()]:
         report.add(NO_SIZE, files[i].name)
         good.remove(i)
+    if not good:
+        raise ValueError(f"nobody to estimate on {len(files)} images, e.g. {files[0]}: {report.to_text()}")
     return PoseData(LSP14, files, keypoints, labelled, boxes, report=report).take(np.array(good))
 
 

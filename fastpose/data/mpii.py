@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpose.data.base import MISSING, Array, PoseData, Report
+from fastpose.data.base import MISSING, NOT_FINITE, Array, PoseData, Report
 from fastpose.data.coco import is_number, read_json
 from fastpose.data.lspet import loadmat
 from fastpose.metrics import head_sizes
@@ -108,6 +108,12 @@ def _from_json(path: Path, report: Report) -> Iterator[Row]:
         head = np.full(4, np.nan)
         if truth is not None:
             joints, labelled, head = truth[0][i], truth[1][i], truth[2][i]
+            broken = labelled & ~np.isfinite(joints).all(1)
+            for j in np.flatnonzero(broken):
+                report.add(NOT_FINITE, f"{path.name}[{i}] {MPII16.names[j]}")
+            labelled = labelled & ~broken
+            if not (np.isfinite(head).all() and (head[2:] != head[:2]).any()):
+                report.add("head box without size (the person is not scored)", f"{path.name}[{i}]")
         elif not labelled.any():
             report.add("person without labelled keypoints", f"{path.name}[{i}]", wrong=False)
             continue

@@ -32,7 +32,7 @@ def validate_data(data: PoseData, read_images: bool = True, quiet: bool = True) 
         try:
             found[path] = read_annotated(path, sizes.get(path)).shape[:2]
         except ImageError as error:
-            if path.is_file():  # the missing ones are reported
+            if path.exists():  # the missing ones are reported
                 report.add(UNREADABLE, error)
 
     people: dict[object, int] = {}

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 
 import fastpose
 from fastpose.checkpoints import resolve_weights
-from fastpose.config import from_dict
+from fastpose.config import from_dict, read_run
 from fastpose.data import PoseData
 from fastpose.distributed import rank
 from fastpose.files import write_atomically, write_json
@@ -107,8 +108,10 @@ def _weights_files(config: TrainConfig) -> dict[str, Path]:
 def check_config(config: TrainConfig, path: Path, processes: int) -> None:
     """Raise ValueError if `config` would not go on with the run that wrote `path`; tell if `processes` differ."""
     if not path.is_file():
+        if rank() == 0 and path.with_name("last.pt").exists():
+            print(f"fastpose: {path} is missing: nobody can tell whether the settings are the same", file=sys.stderr)
         return
-    content = json.loads(path.read_text())
+    content = read_run(path)
     before, now = (
         json.loads(json.dumps(dataclasses.asdict(c))) for c in (from_dict(TrainConfig, content["config"], ""), config)
     )
@@ -173,6 +176,32 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# what `train` cannot do without when it goes on
+STATE = ("model", "optimizer", "average", "updates", "step", "best", "random")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote, on the CPU; raises ValueError if the file is damaged or something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not look at the checksums
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        missing = [key for key in STATE if key not in state]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+    except Exception as error:  # whatever the damage happens to cause in the readers
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is damaged, or not what a run saves to go on ({reason}); delete it and the run begins again, with "
+            f"init={path.with_name('best.safetensors')} in another output folder from its best weights"
+        ) from error
+    return state
 
 
 def save_state(path: Path, **state: Any) -> None:

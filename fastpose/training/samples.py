@@ -28,7 +28,10 @@ def load_split(config: TrainConfig, split: str) -> PoseData:
     skeleton, metric = config.skeleton or None, config.metric or None
     data = load_dataset(config.dataset, config.data, split, skeleton=skeleton, limit=config.limit, metric=metric)
     if len(data) == 0:
-        raise ValueError(f"nobody to estimate in the split {split!r}: {data.report.to_text() or 'it is empty'}")
+        raise ValueError(
+            f"nobody to estimate in the split {split!r}: "
+            f"{data.report.to_text() or f'its {len(data.image_files())} images have no annotations'}"
+        )
     return data
 
 
