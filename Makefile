@@ -56,10 +56,10 @@ abi: build
 cuda-check: $(VENV)/.installed
 	@$(RUN) setup.py -q cuda_check
 
-lint:
-	@$(VENV)/bin/python -m pip install -q -c $(CONSTRAINTS) ruff mypy clang-format
+lint: $(VENV)/.installed
+	@$(PIP) install -c $(CONSTRAINTS) ruff mypy clang-format
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 	@$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) tests/cuda/emulation.h
 
 clean:
-	rm -rf build $(VENV) demo fastpose/*.so
+	rm -rf build $(VENV) $(VENV)-2.11.0 $(VENV)-2.14.1 demo fastpose/*.so

@@ -265,7 +265,7 @@ def _predict(options: argparse.Namespace) -> int:
     for source in options.sources:
         try:
             paths += find_images(source)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a folder may be forbidden
             report(source, error)
     files: list[File] = []
     boxes: list[BoxesOfImage] | None = [] if options.boxes else None
@@ -408,7 +408,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
     from fastpose.checkpoints import is_fastpose, resolve_weights
     from fastpose.data import MISSING, UNREADABLE
-    from fastpose.data.coco import NO_RESULT
+    from fastpose.data.coco import NO_DETECTION, NO_RESULT
     from fastpose.data.datasets import IN_COCO_FORMAT
     from fastpose.distributed import rank
     from fastpose.evaluate import Evaluation, evaluate, to_text
@@ -457,9 +457,9 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
             quiet=options.quiet,
             share=True,
         )
-    costly = (NO_RESULT,) if options.predictions else (MISSING, UNREADABLE)
+    costly = (NO_RESULT,) if options.predictions else (NO_DETECTION, MISSING, UNREADABLE)
     lost = any(kind in result.report.findings for kind in costly)
-    code = BAD_INPUT if lost else 0
+    code = BAD_INPUT if lost or result.score.people == 0 else 0
     if rank() > 0:  # every process has the result, one is enough to tell
         return code
     print(to_text(result.score))
@@ -480,8 +480,12 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:  # the others are written
             print(f"fastpose: error: {error}", file=sys.stderr)
             code = BAD_INPUT
-    if result.report.wrong:
-        print(f"fastpose: in the data:\n{result.report.to_text(wrong_only=True)}", file=sys.stderr)
+    # what is left out of a file of boxes or results, though nothing is wrong with it, makes another number too
+    told = result.report.to_text(wrong_only=not (options.boxes or options.predictions))
+    if told:
+        print(f"fastpose: in the data:\n{told}", file=sys.stderr)
+    if result.score.people == 0:
+        print("fastpose: error: nobody could be measured", file=sys.stderr)
     return code
 
 
@@ -521,11 +525,13 @@ def _export(options: argparse.Namespace) -> int:
     from fastpose.codecs import HeatmapCodec, get_codec
     from fastpose.data.datasets import find_skeleton
     from fastpose.export import ExportError, export_onnx, export_torchscript, export_weights
+    from fastpose.files import check_writable
     from fastpose.models._registry import check_codec, create_from, is_bottom_up, model_entry, read_weights
     from fastpose.pipeline import with_settings
 
     checkpoint = read_weights(options.weights, options.model)
     model, info = create_from(checkpoint, options.model), checkpoint.info()
+    check_writable(options.output)
     if options.format == "safetensors":
         for name in ("fused", "keypoints"):
             if getattr(options, name):

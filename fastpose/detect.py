@@ -50,6 +50,9 @@ class HogDetector:
         self.hog = _hog()
         self.max_side = max_side
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.max_side,)  # for copies and other processes: OpenCV's object can be neither
+
     def __call__(self, image: Array) -> tuple[Array, Array]:
         import cv2
 

@@ -32,7 +32,8 @@ def draw_poses(image: Array, poses: Poses, threshold: float) -> Array:
     numbers = np.zeros(len(poses), int) if poses.track_ids is None else poses.track_ids
     people = zip(poses.keypoints, poses.keypoint_scores, poses.boxes, numbers, strict=True)
     for points, scores, box, number in people:
-        size = float(max(box[2] - box[0], box[3] - box[1], 1.0))
+        x1, y1, x2, y2 = np.clip(np.nan_to_num(box), -limit, limit)
+        size = float(max(x2 - x1, y2 - y1, 1.0))
         width = int(np.clip(round(size / 90), 1, 12))
         visible = (scores >= threshold) & np.isfinite(points).all(-1)
         at = [tuple(int(v) for v in np.clip(np.nan_to_num(xy), -limit, limit) * 2**bits) for xy in points]

@@ -35,7 +35,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")  # names end at 255 bytes
     try:
         yield temporary
         os.replace(temporary, path)

@@ -259,7 +259,7 @@ class PoseEstimator:
         Raises:
             ValueError: a single image; another number of boxes than images, which of generators shows at the end only.
         """
-        if isinstance(images, (str, Path)) or hasattr(images, "shape"):
+        if isinstance(images, (str, Path)) or not isinstance(images, Iterable) or hasattr(images, "shape"):
             raise ValueError(f"stream takes several images, in a list for example, got a {type(images).__name__}")
         return self._run(_pairs(images, boxes), self.channel_order)
 
@@ -513,6 +513,8 @@ def _pairs(images: Iterable[Any], boxes: Iterable[Any] | None) -> Iterable[tuple
         # copies: who yields frames one by one may use the same memory for the next while this one is waiting
         pairs = ((image, None) for image in images) if boxes is None else zip(images, boxes, strict=True)
         return ((_copied(image), _copied(entry)) for image, entry in pairs)
+    if boxes is not None and not isinstance(boxes, Iterable):
+        raise BoxError(f"boxes must be a list of one entry per image, got {boxes!r:.80}")
     entries = [None] * len(images) if boxes is None else list(boxes)
     if len(entries) != len(images):
         raise BoxError(f"boxes must be a list of one entry per image, {len(images)}, got {len(entries)}")
@@ -603,8 +605,8 @@ def with_settings(
     check_codec(info.model, info.codec)
     if padding is not None and isinstance(info.codec, AssociativeEmbeddingCodec):
         raise ValueError(f"padding: {info.model} sees whole images, not crops; got {padding}")
-    if not info.padding > 0:
-        raise ValueError(f"padding must be positive, got {info.padding}")
+    if not 0 < info.padding < math.inf:
+        raise ValueError(f"padding must be positive and finite, got {info.padding}")
     multiple = int(getattr(network, "input_multiple", 1))
     sides = tuple(info.input_size) if isinstance(info.input_size, (tuple, list)) else (info.input_size,)
     if len(sides) != 2 or not all(isinstance(n, int) and n > 0 and n % multiple == 0 for n in sides):

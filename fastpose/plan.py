@@ -829,7 +829,9 @@ class _Lowering:
         for part in parts:
             small, factor = self.enlarged.get(part, (part, 1))
             held = self.map_of(small)
-            if factor == 1 and held > 0 and program.base[held] == held:  # map 0 is the image
+            if held == self.maps[self.image]:
+                raise NotOptimizable(f"{self.name}: {node.target} of the image itself is not supported")
+            if factor == 1 and program.base[held] == held:
                 program.move(held, whole, at)
             else:
                 to = program.part(whole, at, program.channels[held])

@@ -97,15 +97,25 @@ def estimate_files(
 class Drawings:
     """Pictures and videos with skeletons, written to `folder`: ``a_pose.png``, ``clip_pose.mp4``.
 
+    Where that is the name of an input or of another picture, the number of the input is put before it.
+
     Use as a context; what is not complete at its end is not there.
     """
 
     def __init__(self, folder: Path, files: Sequence[File], threshold: float, report: Report) -> None:
-        self.folder, self.threshold, self.report = folder, threshold, report
+        self.threshold, self.report = threshold, report
         paths = [file.path if isinstance(file, Video) else file for file in files]
         same = Counter(path.stem for path in paths)
-        self.names = {p: p.stem if same[p.stem] == 1 else f"{i:06d}_{p.stem}" for i, p in enumerate(paths, 1)}
         self.videos = {file.path: file for file in files if isinstance(file, Video)}
+        self.drawn: dict[Path, Path] = {}
+        taken = {path.resolve() for path in paths}  # what is drawn must not take the place of what is read
+        for i, path in enumerate(paths, 1):
+            name = path.stem if same[path.stem] == 1 else f"{i:06d}_{path.stem}"
+            suffix = "_pose.mp4" if path in self.videos else "_pose.png"
+            while (folder / (name + suffix)).resolve() in taken:
+                name = f"{i:06d}_{name}"
+            self.drawn[path] = folder / (name + suffix)
+            taken.add(self.drawn[path].resolve())
         self.open = contextlib.ExitStack()
         self.add: Callable[[Array], None] | None = None
 
@@ -117,13 +127,13 @@ class Drawings:
 
     def draw(self, found: Found) -> Found:
         """Draw one after the other, in the order in which they are found; returns `found` without pixels."""
-        name = f"{self.names[found.path]}_pose"
+        path = self.drawn[found.path]
         if found.path in self.videos:
-            self._draw_frame(found, self.folder / f"{name}.mp4")
+            self._draw_frame(found, path)
         elif found.poses is not None:
             try:  # read again: images are not kept until their batch is done
                 pixels = read_annotated(found.path, found.poses.image_size)
-                found.poses.save(self.folder / f"{name}.png", pixels, self.threshold)
+                found.poses.save(path, pixels, self.threshold)
             except (ValueError, OSError) as error:  # ImageError is a ValueError
                 self.report(found.path, f"not drawn: {error}")
         return replace(found, pixels=None)

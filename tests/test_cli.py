@@ -80,6 +80,30 @@ def test_bad_files_are_reported_and_the_rest_is_done(folder):
     assert len(list((folder / "poses").glob("*_pose.png"))) == 3
 
 
+def test_nothing_that_is_read_is_drawn_over(folder):
+    """Drawings lie beside the images, and some images have the name that a drawing would get."""
+    for name in ("0_pose.png", "sub/0.png", "sub/000001_0.png"):
+        (folder / "in" / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / "in" / name), np.full((64, 48, 3), len(name), np.uint8))
+    before = {p: p.read_bytes() for p in (folder / "in").rglob("*.*")}
+    sources = ["in/0.jpg", "in/0_pose.png", "in/sub/0.png", "in/sub/000001_0.png", "in/1.jpg"]
+    done = fastpose("predict", *sources, "--output", "in", "--save-images", "--detector", "none", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert sorted(p.name for p in (folder / "in").glob("*_pose.png")) == [
+        "000001_0_pose.png", "000003_0_pose.png", "000004_000001_0_pose.png", "0_pose.png", "0_pose_pose.png",
+        "1_pose.png",
+    ]  # fmt: skip
+
+
+def test_names_that_the_system_refuses(folder):
+    done = fastpose("predict", "x" * 300 + ".jpg", "in/0.jpg", "--detector", "none", cwd=folder)
+    assert done.returncode == 2 and "in/0.jpg: 1 person" in done.stdout and "File name too long" in done.stderr
+    assert fastpose("predict", "in/0.jpg", "--padding", "inf", cwd=folder).stderr.endswith("finite, got inf\n")
+    done = fastpose("export", "in", cwd=folder)
+    assert done.returncode == 2 and done.stderr == "fastpose: error: in is a folder, expected the name of a file\n"
+
+
 def test_an_image_that_vanishes_before_it_is_drawn(folder, monkeypatch, capsys):
     read, times = images.read_image, Counter()
 
@@ -372,7 +396,7 @@ def test_export_of_weights_with_what_they_do_not_tell(tmp_path, capsys):
     for option, message in (
         (["--codec", "associative"], "lite_hrnet_18 is a top-down network"),
         (["--input-size", "100", "96"], "positive multiples of 32, got (100, 96)"),
-        (["--padding", "-1"], "padding must be positive, got -1"),
+        (["--padding", "-1"], "padding must be positive and finite, got -1"),
         (["--codec", "msr"], "'msr'"),
     ):
         assert main([*arguments, *option]) == 2 and not target.exists()

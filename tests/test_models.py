@@ -150,6 +150,8 @@ def test_forward_fused_equals_reference(name):
                 < tolerance
             )
             assert relative(outputs(model, x[:1]), [y[:1] for y in expected]) < tolerance
+            if name != "dite_hrnet_30":  # torch's unfold gives another shape without images
+                assert [y.shape for y in outputs(model, x[:0])] == [(0, *y.shape[1:]) for y in expected]
     with torch.no_grad():
         exact = outputs(copy.deepcopy(reference).double(), x.double())
     assert relative(expected, exact) < 1e-4

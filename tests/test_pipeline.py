@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -230,12 +233,17 @@ def test_bad_images_and_settings(estimator, photo):
             estimator(image)
     with pytest.raises(BoxError, match="one entry per image, 2, got 1"):
         estimator([photo, photo], [None])
+    with pytest.raises(BoxError, match="must be a list of one entry per image, got 3"):
+        estimator([photo], 3)
+    with pytest.raises(ValueError, match="stream takes several images, in a list for example, got a Image"):
+        estimator.stream(PIL.Image.fromarray(photo))
     for settings, message in (
         ({"detector": "yolo"}, "detector must be"),
         ({"nms": "fast"}, "nms must be"),
         ({"channel_order": "gbr"}, "channel_order must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"model": "mobile"}, "unknown model 'mobile'"),
+        ({"padding": float("inf")}, "padding must be positive and finite, got inf"),
     ):
         with pytest.raises(ValueError, match=message):
             PoseEstimator(**settings)
@@ -267,6 +275,22 @@ def test_drawing_survives_absurd_positions(photo):
     points[0, 2] = -1e30
     poses = Poses(points, np.ones((1, 14)), np.array([[0, 0, 9, 9]]), np.ones(1), (240, 320), LSP14)
     assert poses.draw(photo).shape == photo.shape
+    huge = np.array([[-3e38, -3e38, 3e38, 3e38]], np.float32)
+    assert replace(poses, boxes=huge, track_ids=np.array([1])).draw(photo).shape == photo.shape
+
+
+@pytest.mark.skipif(not hog_available(), reason="this OpenCV has no HOG detector")
+def test_copies_and_other_processes(photo):
+    first = PoseEstimator()
+    expected = first(photo)
+    for other in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert np.array_equal(other(photo).keypoints, expected.keypoints)
+
+
+def test_names_as_long_as_the_system_has_them(estimator, photo, tmp_path):
+    path = tmp_path / ("n" * 251 + ".png")
+    estimator(photo).save(path, photo)
+    assert path.is_file()
 
 
 def test_detectors(photo, monkeypatch):

@@ -340,6 +340,15 @@ class GatedImage(nn.Module):
         return self.conv(x * torch.sigmoid(self.gate(x).mean((2, 3), keepdim=True)))
 
 
+class JoinedImage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 4, 1)
+
+    def forward(self, x):
+        return self.second(torch.cat([x, self.first(x)], 1))
+
+
 @pytest.mark.parametrize("case", ["plain", "plus", "every other pixel", "used twice"])
 @pytest.mark.parametrize("channels", [5, 16, 43])
 def test_gates_left_to_convolutions(channels, case):
@@ -788,6 +797,7 @@ def test_what_is_not_understood_is_named():
         (nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1)), "aten.relu_.* of the image itself is not supported"),
         (nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(3, 4, 1)), "max_pool2d.* of the image itself .* dense conv"),
         (GatedImage(), "conv2d.* of the image itself is not supported"),
+        (JoinedImage(), "aten.cat.default of the image itself is not supported"),
     ):
         module.input_multiple = 1
         with pytest.raises(NotOptimizable, match=message):

@@ -99,7 +99,8 @@ class MCAM(nn.Module):
         parts = torch.split(grouped, self.split, 2)
         scales: list[Tensor] = []
         for j, conv in enumerate(self.scales):
-            scales.append(conv(parts[j].reshape(b, -1, h, w)).reshape(b, g, -1, h, w))
+            c = parts[j].shape[2]
+            scales.append(conv(parts[j].reshape(b, g * c, h, w)).reshape(b, g, c, h, w))
         multi = self.mix(torch.cat(scales, 2).reshape(b, channels, h, w))
         # Eq. 10
         query = torch.softmax(coord.reshape(b, g, 1, channels // g), 3)

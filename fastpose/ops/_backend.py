@@ -85,12 +85,32 @@ def set_fused(model: nn.Module, on: bool) -> nn.Module:
     return model
 
 
+def check_dtypes(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError for what the kernel of `op` refuses, so that its reference does not take it either."""
+
+    def name(t: Tensor) -> str:
+        return str(t.dtype).removeprefix("torch.")
+
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: x must be float32, float64, float16 or bfloat16, got {name(x)}")
+    for argument, t in others.items():
+        # autocast makes one dtype of them
+        if t is not None and t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{op}: {argument} must have the dtype of x, {name(x)}, got {name(t)}")
+
+
 def without_gradient(name: str) -> str:
     """What to say where somebody differentiates an operator that cannot be."""
     return (
         f"{name} has no gradient here; the reference has: fastpose.set_fused(model, False), "
         "or the network that was optimised"
     )
+
+
+def refuse_tangents(op: str, *tensors: Tensor) -> None:
+    """Raise RuntimeError in forward-mode differentiation, which would go on with a derivative of zero."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(without_gradient(f"fastpose::{op}"))
 
 
 def register(

@@ -54,6 +54,7 @@ def dw_upsample_reference(
     output_padding: int = 0,
 ) -> Tensor:
     """The same in plain PyTorch."""
+    _backend.check_dtypes("dw_upsample", x, weight=weight, bias=bias)
     if x.dim() != 4:
         raise ValueError(f"dw_upsample: x must be [B, C, H, W], got {list(x.shape)}")
     c = x.shape[1]
@@ -68,12 +69,17 @@ def dw_upsample_reference(
         )
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"dw_upsample: x must have at least one pixel, got {list(x.shape)}")
+    size = [(n - 1) * stride - 2 * padding + weight.shape[2] + output_padding for n in x.shape[2:]]
+    if min(size) < 1:
+        raise ValueError(f"dw_upsample: the output would be empty, {size[0]} x {size[1]}, for x {list(x.shape)}")
+    if c == 0:  # which conv_transpose2d refuses
+        return x.new_empty(x.shape[0], 0, size[0], size[1])
     dtype = x.dtype
     if not x.is_cuda and (dtype == torch.float16 or dtype == torch.bfloat16):
         # on a CPU torch may add up in half precision, depending on the number of threads; the kernels never do
         x, weight = x.float(), weight.float()
         bias = None if bias is None else bias.float()
-    y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups=max(c, 1))
+    y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups=c)
     return _backend.activate(y, activation).to(dtype)
 
 

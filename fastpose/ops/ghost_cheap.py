@@ -38,6 +38,7 @@ def ghost_cheap(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
 
 def ghost_cheap_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu") -> Tensor:
     """The same in plain PyTorch."""
+    _backend.check_dtypes("ghost_cheap", x, weight=weight, bias=bias)
     if x.dim() != 4:
         raise ValueError(f"ghost_cheap: x must be [B, C, H, W], got {list(x.shape)}")
     c = x.shape[1]
@@ -57,8 +58,14 @@ def ghost_cheap_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None,
         raise ValueError(f"ghost_cheap: kernel size must be 1, 3, 5 or 7, got {k}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"ghost_cheap: bias must be [{weight.shape[0]}] like weight, got {list(bias.shape)}")
-    cheap = F.conv2d(x, weight, bias, padding=k // 2, groups=c)
-    return torch.cat([x, _backend.activate(cheap, activation)], dim=1)
+    if x.shape[2] == 0 or x.shape[3] == 0:  # which conv2d refuses
+        return torch.cat([x] * (1 + weight.shape[0] // c), dim=1)
+    if not x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        # on a CPU torch may add up in half precision, depending on the number of threads; the kernels never do
+        cheap = F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), padding=k // 2, groups=c)
+    else:
+        cheap = F.conv2d(x, weight, bias, padding=k // 2, groups=c)
+    return torch.cat([x, _backend.activate(cheap, activation).to(x.dtype)], dim=1)
 
 
 def _backward_reference(

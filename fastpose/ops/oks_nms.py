@@ -61,6 +61,7 @@ def oks_nms(
     """
     check_threshold(method, threshold)
     limit = DEFAULT_THRESHOLD[method] if threshold is None else float(threshold)
+    _backend.refuse_tangents("oks_nms", keypoints, keypoint_scores, scores, areas)
     fn = torch.ops.fastpose.oks_nms if _backend.LOADED else oks_nms_reference
     return fn(
         keypoints, keypoint_scores, scores, areas, sigmas, image_index, method, decay, limit, keypoint_threshold,

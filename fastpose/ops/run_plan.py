@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastpose.ops import _backend
 
@@ -26,9 +25,7 @@ def run_plan(x: Tensor, program: Tensor, weights: Tensor, outputs: list[int]) ->
         RuntimeError: somebody differentiates it.
     """
     if not torch.jit.is_scripting():
-        # forward-mode differentiation would go on with a derivative of zero
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(_backend.without_gradient("fastpose::run_plan"))
+        _backend.refuse_tangents("run_plan", x)
     return torch.ops.fastpose.run_plan(x, program, weights, outputs)
 
 

@@ -214,14 +214,18 @@ def test_bad_arguments_name_the_problem():
         ((x[:, :, :, :0], weight, bias, "relu", 2, 0), r"x must have at least one pixel, got \[1, 4, 5, 0\]"),
         ((x[:, :, :0], weight, bias, "relu", 2, 0), r"x must have at least one pixel, got \[1, 4, 0, 5\]"),
     ]
+    cases += [
+        ((x[:, :, :1, :1], weight, None, "none", 1, 4), "the output would be empty, -4 x -4, for x"),
+        ((x, weight.double()), "weight must have the dtype of x, float32, got float64"),
+        ((x.half(), weight.half(), bias), "bias must have the dtype of x, float16, got float32"),
+        ((x.long(), weight.long()), "x must be float32, float64, float16 or bfloat16, got int64"),
+    ]
     for arguments, message in cases:
         for fn in (dw_upsample, dw_upsample_reference):
             with pytest.raises(ValueError, match=message):
                 fn(*arguments)
+    for fn in (dw_upsample, dw_upsample_reference):
+        assert fn(x[:, :0], weight[:0]).shape == (1, 0, 10, 10)
     if _backend.LOADED:
-        with pytest.raises(ValueError, match="the output would be empty"):
-            dw_upsample(x[:, :, :1, :1], weight, None, "none", 1, 4)
         with pytest.raises(ValueError, match=r"must be less than 2\^30 large, got 288230376151711745"):
             dw_upsample(torch.zeros(1, 4, 65, 65), weight, None, "none", 2**58 + 1, 1)
-        with pytest.raises(ValueError, match="weight must have the dtype of x, float32, got float64"):
-            dw_upsample(x, weight.double())
