@@ -95,7 +95,7 @@ def test_what_is_customary_and_what_can_be_corrected(hrnet, checkpoints, photo, 
         ({"codec": "simcc"}, "unknown codec 'simcc'; known: softmax, msra, dark, udp"),
         ({"input_size": (250, 192)}, r"positive multiples of 32, got \(250, 192\)"),
         ({"input_size": (256,)}, "input_size must be"),
-        ({"padding": 0.0}, "padding must be positive, got 0"),
+        ({"padding": 0.0}, "padding must be positive and finite, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             PoseEstimator("hrnet_w32", path, **settings)
