@@ -6,7 +6,8 @@ threads go on spinning; the median over all blocks counts. Before anything is ti
 PyTorch's. A competitor that is not installed, fails or computes something else gets a row that says so: pip install
 --no-build-isolation '.[peers]'. How many processors other programs kept busy meanwhile is recorded ("foreign load").
 
-    fastpose        fastpose.optimize
+    fastpose        fastpose.optimize: in float32 or, where the processor has AMX, in bfloat16x3
+    fastpose float32  the same in float32 on all processors
     exported        the same from a TorchScript file, without the memory that preparing it takes
     eager           PyTorch, channels-last
     jit.freeze      scripted and frozen, channels-last
@@ -59,12 +60,13 @@ import numpy as np
 BLOCK = 0.4  # seconds
 MODELS = "mobileposenet,hr_litenet,le_hrnet,lightweight_hrnet_448,lite_csw_hrnet,lite_hrnet_18,lite_hrnet_30,hrnet_w32"
 COMPILED = ("compile", "compile frozen", "aotinductor")
-COMPETITORS = ("fastpose", "exported", "eager", "jit.freeze", *COMPILED, "onnxruntime", "openvino", "ncnn")
+OURS = ("fastpose", "fastpose float32", "exported")
+COMPETITORS = (*OURS, "eager", "jit.freeze", *COMPILED, "onnxruntime", "openvino", "ncnn")
 COLOURS = {
     "fastpose": "#2b7a4b", "ncnn": "#8fa8c8", "openvino": "#6b7fa6", "onnxruntime": "#4a5a86", "eager": "#c9c9c9"
 }  # fmt: skip
 BF16 = ("fastpose bf16", "fastpose int8", "openvino bf16", "ncnn bf16")
-PRECISION = {"fastpose": "float32", "fastpose bf16": "bfloat16", "fastpose int8": "int8"}
+PRECISION = {"fastpose": "auto", "fastpose float32": "float32", "fastpose bf16": "bfloat16", "fastpose int8": "int8"}
 
 
 def build(name: str) -> Any:

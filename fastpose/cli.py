@@ -98,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--smooth", action="store_true", help="track, and take the jitter from their keypoints")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
     p.add_argument(
-        "--precision", choices=PRECISIONS, default="float32", help="bfloat16, int8: faster where the CPU has them"
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="bfloat16, int8: less exact, faster on some CPUs",
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     _add_flip_argument(p, "average with the mirrored crop: half as fast; default: as the weights recommend")
@@ -134,7 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_flip_argument(p, "average with the mirrored crop; default: as the weights recommend")
     p.add_argument("--batch-size", type=int, default=32, help="crops per forward pass (default: %(default)s)")
     p.add_argument(
-        "--precision", choices=PRECISIONS, default="float32", help="bfloat16, int8: faster where the CPU has them"
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="bfloat16, int8: less exact, faster on some CPUs",
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--results", metavar="FILE", help="write the poses as COCO's submission format")

@@ -67,18 +67,19 @@ def export_torchscript(
         codec: with it the file takes crops, uint8 RGB [B, 3, *input_size], and returns keypoints float32 [B, K, 2],
             (x, y) in crop pixels, and scores float32 [B, K], as `pipeline.estimate_crops` does without a flip test.
             Such a file runs on the CPU only.
-        precision: of `optimize`, with `fused`.
+        precision: of `optimize`, with `fused`. ``"auto"`` decides by this processor, not by the one that the file runs
+            on; every precision runs on all.
 
     Returns:
         The largest difference between the file's and the model's heatmaps, relative to the largest number in them.
 
     Raises:
         ExportError: `fused` without the kernels, another precision without `fused` or for a network that cannot be
-            optimised, a difference above 1e-4 (0.1 with another precision), keypoints that differ by more than 0.01
-            pixels (nothing is written then).
+            optimised, a difference above 1e-4 (0.1 with ``"bfloat16"`` or ``"int8"``), keypoints that differ by more
+            than 0.01 pixels (nothing is written then).
     """
-    rounded = precision != "float32"
-    if rounded and not fused:
+    rounded = precision in ("bfloat16", "int8")
+    if precision != "float32" and not fused:
         raise ExportError(f"precision {precision!r} is one of fastpose's kernels: it needs fused=True")
     with _layers(model, fused):
         x = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(0))
@@ -89,7 +90,7 @@ def export_torchscript(
                 try:
                     network = optimize(model, input_size, precision)
                 except NotOptimizable as error:
-                    if rounded:
+                    if precision not in ("auto", "float32"):
                         raise ExportError(f"no precision {precision!r}: {error}") from None
             program = torch.jit.freeze(torch.jit.script(network))
 

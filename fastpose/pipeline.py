@@ -132,7 +132,8 @@ class PoseEstimator:
             it pays, which is after `OPTIMIZE_AFTER` crops, and where the network and the installation allow it.
             On CUDA only if true.
         precision: of `fastpose.optimize`; ``"bfloat16"`` and ``"int8"`` are faster on processors that have them, a
-            little less accurate, and prepare the network at once.
+            little less accurate, and prepare the network at once, as ``"bfloat16x3"`` does. ``"auto"``, the default,
+            and ``"float32"`` leave that to `optimize`.
         crop_on_device: whole images go to `device` and are cropped there (`preprocess.warp_crops`), instead of by
             OpenCV in other threads on the host. A uint8 tensor that is there already, with boxes given, stays there.
         channel_order: ``"rgb"``, or ``"bgr"`` for arrays as OpenCV reads them.
@@ -163,7 +164,7 @@ class PoseEstimator:
         nms_threshold: float | None = None,
         keypoint_threshold: float = 0.1,
         optimize: bool | None = None,
-        precision: str = "float32",
+        precision: str = "auto",
         crop_on_device: bool = False,
         channel_order: str = "rgb",
         skeleton: str | Skeleton | None = None,
@@ -180,7 +181,7 @@ class PoseEstimator:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device = _local_device("cpu" if device is None else device)
-        if precision != "float32":
+        if precision not in ("auto", "float32"):
             reason = WHY_NOT if self.device.type == "cpu" and not use_fused() else ""
             reason = "optimize=False switches it off" if optimize is False else reason
             if reason:
@@ -195,6 +196,7 @@ class PoseEstimator:
         self.model = channels_last(network.to(self.device))
         if optimize:
             self.model = fastpose_optimize(self.model, self.info.input_size, precision)
+        self._precision = precision
         self.not_optimized = ""
         if optimize is False:
             self.not_optimized = "switched off by optimize=False"
@@ -490,7 +492,7 @@ class PoseEstimator:
         if self._crops_until_optimized < crops:
             self._crops_until_optimized = math.inf
             try:
-                self.model = fastpose_optimize(self.model, self.info.input_size)
+                self.model = fastpose_optimize(self.model, self.info.input_size, self._precision)
             except (NotOptimizable, ValueError, RuntimeError) as error:  # a network that the caller has put in place
                 self.not_optimized = str(error)
 

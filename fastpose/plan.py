@@ -32,9 +32,10 @@ PAD, PANEL, VERSION = 16, 32, 3
 CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, INTERLEAVE, CHANNEL_STATS = range(12)
 SCALE_PIXELS, COPY, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(12, 19)
 MEAN_OF_ROWS, MEAN_OF_COLUMNS, COORDINATE_MEAN, GROUP_SOFTMAX, GROUP_ATTENTION = range(19, 24)
-DECONV, MAX_POOL, WINOGRAD, SHUFFLE, CONV_BF16, CONV_INT8, MEAN_MAX = range(24, 31)
+DECONV, MAX_POOL, WINOGRAD, SHUFFLE, CONV_BF16, CONV_INT8, MEAN_MAX, CONV_SPLIT = range(24, 32)
 WINOGRAD_LIMIT = 128 * 128  # pairs of channels
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS = ("auto", "float32", "bfloat16x3", "bfloat16", "int8")
+SPLIT_CHANNELS = 64  # of fewer, taking numbers apart costs as much as the products save
 INT8_CHANNELS = 72  # of fewer, scaling the map costs as much as the products save
 ACTIVATIONS = {
     aten.relu.default: 1,
@@ -235,7 +236,7 @@ class _Program:
         return whole
 
 
-def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: str = "float32") -> Optimized | Graphed:
+def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: str = "auto") -> Optimized | Graphed:
     """A copy of `model` for inference: on the CPU one fused call, on CUDA a graph per input shape (see `Graphed`).
 
     Args:
@@ -244,13 +245,16 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
             attribute `input_multiple`, if it has one, is what heights and widths must be multiples of.
         size: (height, width) of an example input; results are for any size the network takes. Default: 64x64 or twice
             `input_multiple`.
-        precision: ``"float32"``, or ``"bfloat16"`` for the products of 1x1 convolutions, where most of a light
-            network's arithmetic is: maps and weights are rounded to 8 bits as they are multiplied, sums and everything
-            else stay float32. Twice as fast there on AMD processors with AVX512-BF16; on others, of which Intel's are
-            slow at it, as fast as float32 or a little slower. ``"int8"``: of wide 1x1 convolutions instead bytes,
-            weights scaled per output channel and maps per pixel as they are met; of the others as ``"bfloat16"``. Less
-            exact; faster still on processors that have AVX512-VNNI, slower than float32 on those without. On CUDA
-            ``"float32"``, ``"bfloat16"`` or ``"float16"``: what everything is computed in.
+        precision: of the products of 1x1 convolutions, where most of a light network's arithmetic is; sums and
+            everything else stay float32. ``"float32"``. ``"bfloat16x3"``: numbers of maps and weights are sums of two
+            bfloat16, 16 bits together, and a product is three of theirs; results differ from exact ones by about 1e-5
+            of the largest, and Intel's processors with AMX do this faster than float32. ``"auto"`` is that on those,
+            and ``"float32"`` on all others. ``"bfloat16"``: maps and weights are rounded to 8 bits as they are
+            multiplied; five times the rate of float32 with AMX, twice on AMD processors with AVX512-BF16, elsewhere as
+            fast as float32 or a little slower. ``"int8"``: of wide 1x1 convolutions instead bytes, weights scaled per
+            output channel and maps per pixel as they are met; of the others as ``"bfloat16"``. Less exact; as fast as
+            bfloat16 with AMX, faster on other processors that have AVX512-VNNI, slower than float32 on those without.
+            On CUDA ``"float32"`` (or ``"auto"``), ``"bfloat16"`` or ``"float16"``: what everything is computed in.
 
     Returns:
         A module with the same interface. In float32 it differs from the model by rounding only. What `forward` decides
@@ -263,11 +267,13 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
             its results in float32 for two examples of different sizes, which are computed once, are others.
     """
     if any(p.is_cuda for p in model.parameters()):
-        return Graphed(model, size, precision)
+        return Graphed(model, size, "float32" if precision == "auto" else precision)
     if not _backend.LOADED:
         raise RuntimeError(f"optimize needs the compiled operators: {_backend.WHY_NOT}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "auto":
+        precision = "bfloat16x3" if _backend.cpu_level() == "amx" else "float32"
     if size is not None and min(size) < 1:
         raise ValueError(f"size must be a positive (height, width), got {tuple(size)}")
     others = {p.dtype for p in model.parameters()} - {torch.float32}
@@ -287,7 +293,7 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
         # Of other sizes too, where what was taken from the example, like the size of a pooling, is wrong.
         larger = [(multiple, 2 * multiple)] if multiple > 1 else [(32, 64), (33, 31)]
         several = [example, *(_images(2, height + h, width + w) for h, w in larger)]
-        # in 16 or 8 bits there is no bound for what is rounding that holds for any network, so float32 stands for them
+        # Rounded there is no bound for what is rounding that holds for any network, so float32 stands for them.
         for rounded in dict.fromkeys(("float32", precision)):
             with _refusing(f"{name}: a form of an operation that was not expected"):
                 lowered = _Lowering(exported, name, multiple, rounded).lower()
@@ -549,7 +555,10 @@ class _Lowering:
             # the image is not padded
             if self.precision != "float32" and (k, stride, padding) == (1, 1, 0) and given["input"].op != "placeholder":
                 wide = self.precision == "int8" and min(weight.shape[:2]) >= INT8_CHANNELS
-                op = CONV_INT8 if wide else CONV_BF16
+                if self.precision != "bfloat16x3":
+                    op = CONV_INT8 if wide else CONV_BF16
+                elif weight.shape[1] >= SPLIT_CHANNELS:
+                    op = CONV_SPLIT
             fits = fits and groups == 1 and padding < k <= 31 and stride <= 31
         if not fits:
             raise NotOptimizable(
@@ -570,7 +579,7 @@ class _Lowering:
             last = norm
         step = _Step(op, node, node, given["input"], kernel=k, stride=stride, padding=padding, weight=weight, bias=bias)
         self.take_gate(step)
-        self.finish(step, last, residual=op in (CONV, CONV_BF16, CONV_INT8, WINOGRAD))
+        self.finish(step, last, residual=op in (CONV, CONV_SPLIT, CONV_BF16, CONV_INT8, WINOGRAD))
 
     def pad(self, node: Node) -> None:
         """Zeros around a map, one row and column more behind it: left to the convolutions that use it."""
@@ -729,7 +738,7 @@ class _Lowering:
         if conv is None or conv.args[0] is not step.node:
             return False
         groups = conv.args[6] if len(conv.args) > 6 else 1
-        pointwise = list(conv.args[1].meta["val"].shape[2:]) == [1, 1] and self.precision == "float32"
+        pointwise = list(conv.args[1].meta["val"].shape[2:]) == [1, 1] and self.precision in ("float32", "bfloat16x3")
         # stride and padding, if they are given
         pointwise = pointwise and groups == 1 and list(map(list, conv.args[3:5])) in ([], [[1, 1]], [[1, 1], [0, 0]])
         if not pointwise and not 1 < groups == self.channels(step.node):
@@ -1068,15 +1077,22 @@ def _pack(op: int, weight: Tensor) -> Tensor:
         basis /= 24
         squares = torch.einsum("ay,oiyx,bx->aboi", basis, weight, basis).flatten(0, 1)
         return torch.cat([_pack(CONV, square[:, :, None, None]) for square in squares])
-    if op in (CONV_BF16, CONV_INT8):  # two or four input channels in the bits of a float
-        count, dtype = (2, torch.bfloat16) if op == CONV_BF16 else (4, torch.int8)
-        groups = nn.functional.pad(padded.flatten(1), (0, -padded.shape[1] % count)).to(dtype).unflatten(1, (-1, count))
-        rows = groups.contiguous().view(torch.float32).squeeze(2).t()  # [in / count, out]
+    if op == CONV_SPLIT:  # the nearest bfloat16, and that nearest to what is left
+        large = padded.to(torch.bfloat16).to(padded.dtype)
+        rows = torch.cat([_grouped(large, torch.bfloat16, 2), _grouped(padded - large, torch.bfloat16, 2)])
+    elif op in (CONV_BF16, CONV_INT8):
+        rows = _grouped(padded, *((torch.bfloat16, 2) if op == CONV_BF16 else (torch.int8, 4)))
     elif op == CONV:
         rows = padded.permute(2, 3, 1, 0).flatten(0, 2)  # [k * k * in, out]
     else:
         return padded.flatten(1).t()  # [k * k, channels]
     return torch.cat([panel.reshape(-1) for panel in rows.split(PANEL, dim=1)])
+
+
+def _grouped(weight: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """Weights of a 1x1 convolution as [in / count, out], `count` input channels in the bits of a float."""
+    padded = nn.functional.pad(weight.flatten(1), (0, -weight.shape[1] % count)).to(dtype)
+    return padded.unflatten(1, (-1, count)).contiguous().view(torch.float32).squeeze(2).t()
 
 
 def _modules_of(node: Node) -> list[tuple[str, str]]:

@@ -40,7 +40,8 @@ def test_switched_off():
 
 def test_wrong_value():
     done = run("import fastpose", FASTPOSE_CPU_ISA="AVX2")
-    assert "FASTPOSE_CPU_ISA must be one of baseline, avx2, avx512, avx512_vnni, avx512_bf16, got 'AVX2'" in done.stderr
+    levels = "baseline, avx2, avx512, avx512_vnni, avx512_bf16, amx"
+    assert f"FASTPOSE_CPU_ISA must be one of {levels}, got 'AVX2'" in done.stderr
     done = run("import fastpose", FASTPOSE_FUSED="yes")
     assert "FASTPOSE_FUSED must be 'auto', '0' or '1', got 'yes'" in done.stderr
 
@@ -102,16 +103,16 @@ def test_functional_derivatives(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def test_every_instruction_set_level(level):
     """The operator tests at a lowered level; a wish above the processor's is ignored."""
     pytest.importorskip("fastpose._native")
     done = run("from fastpose import _native; print(_native.cpu_info())", FASTPOSE_CPU_ISA=level)
     info = eval(done.stdout)
-    order = ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
+    order = ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
     assert order.index(info["isa"]) == min(order.index(level), order.index(info["detected"]))
     if min(order.index(info["isa"]), 2) == min(order.index(info["detected"]), 2):
-        return  # the suite itself runs at this level; the operators have nothing of their own at the last two
+        return  # the suite itself runs at this level; the operators have nothing of their own at the last three
     selection = "test_forward or test_gradients or test_nan or test_equals or test_float32 or test_fast_case"
     tests = os.path.join(os.path.dirname(__file__), "ops")
     done = subprocess.run(

@@ -457,7 +457,7 @@ def test_grey_alpha_and_16_bit_files(tmp_path, photo, suffix):
 
 @needs_kernels
 def test_networks_that_cannot_be_optimised_run_as_they_are_and_say_why(photo, monkeypatch):
-    def refuse(model, size):
+    def refuse(model, size, precision):
         raise fastpose.NotOptimizable("aten.sin is not in the table of patterns")
 
     monkeypatch.setattr("fastpose.pipeline.fastpose_optimize", refuse)
@@ -513,9 +513,12 @@ def test_reduced_precision_moves_keypoints_a_little(photo):
         with pytest.raises(ValueError, match="precision 'bfloat16' needs fastpose.optimize: "):
             PoseEstimator(detector="none", precision="bfloat16")
         return
-    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, int8, got 'half'"):
+    names = "auto, float32, bfloat16x3, bfloat16, int8"
+    with pytest.raises(ValueError, match=f"precision must be one of {names}, got 'half'"):
         PoseEstimator(detector="none", precision="half")
     exact = PoseEstimator(detector="none", optimize=True)(photo).keypoints
+    split = PoseEstimator(detector="none", precision="bfloat16x3")
+    assert isinstance(split.model, fastpose.Optimized) and np.allclose(split(photo).keypoints, exact, atol=1e-2)
     for precision in ("bfloat16", "int8"):
         moved = np.abs(PoseEstimator(detector="none", precision=precision)(photo).keypoints - exact)
         assert moved.max() > 0 and np.median(moved) < 0.5  # an uncertain keypoint may jump

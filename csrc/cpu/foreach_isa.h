@@ -22,6 +22,7 @@
 
 #define FASTPOSE_VNNI 0
 #define FASTPOSE_BF16 0
+#define FASTPOSE_AMX 0
 #define FASTPOSE_ISA baseline
 #define FASTPOSE_VECTOR_BYTES 16
 #include FASTPOSE_KERNEL_FILE
@@ -65,8 +66,19 @@ FASTPOSE_TARGET("avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,f
 #undef FASTPOSE_ISA
 #undef FASTPOSE_VECTOR_BYTES
 FASTPOSE_TARGET_END
+
+#undef FASTPOSE_AMX
+#define FASTPOSE_AMX 1
+FASTPOSE_TARGET("avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")  // AMX is written out
+#define FASTPOSE_ISA amx
+#define FASTPOSE_VECTOR_BYTES 64
+#include FASTPOSE_KERNEL_FILE
+#undef FASTPOSE_ISA
+#undef FASTPOSE_VECTOR_BYTES
+FASTPOSE_TARGET_END
 #define FASTPOSE_CALL_VNNI(function, ...)                                                              \
-  ::fastpose::isa() == ::fastpose::Isa::kAvx512Bf16   ? ::fastpose::avx512_bf16::function(__VA_ARGS__) \
+  ::fastpose::isa() == ::fastpose::Isa::kAmx          ? ::fastpose::amx::function(__VA_ARGS__)         \
+  : ::fastpose::isa() == ::fastpose::Isa::kAvx512Bf16 ? ::fastpose::avx512_bf16::function(__VA_ARGS__) \
   : ::fastpose::isa() == ::fastpose::Isa::kAvx512Vnni ? ::fastpose::avx512_vnni::function(__VA_ARGS__) \
                                                       :
 #else
@@ -84,3 +96,4 @@ FASTPOSE_TARGET_END
 #endif
 #undef FASTPOSE_VNNI
 #undef FASTPOSE_BF16
+#undef FASTPOSE_AMX

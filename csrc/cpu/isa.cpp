@@ -3,7 +3,30 @@
 #include <cstdlib>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastpose {
+namespace {
+
+// Whether AMX's registers, 8 KB a thread, and its products of bytes and bfloat16 can be used. Linux wants to be asked,
+// once per process (Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__) && FASTPOSE_KNOWS_VNNI
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 Isa detected_isa() {
 #if defined(__x86_64__)
@@ -13,7 +36,9 @@ Isa detected_isa() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
 #if FASTPOSE_KNOWS_VNNI
     if (__builtin_cpu_supports("avx512vnni")) {
-      return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512Vnni;
+      if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Vnni;
+      static const bool amx = has_amx();
+      return amx ? Isa::kAmx : Isa::kAvx512Bf16;
     }
 #endif
     return Isa::kAvx512;
@@ -29,7 +54,7 @@ Isa choose() {
   const Isa most = detected_isa();
   const char* wish = std::getenv("FASTPOSE_CPU_ISA");
   if (wish != nullptr) {
-    for (const Isa level : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16}) {
+    for (const Isa level : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx}) {
       if (std::string(wish) == isa_name(level)) return level < most ? level : most;
     }
   }
@@ -48,6 +73,7 @@ Isa isa() {
 
 const char* isa_name(Isa level) {
   switch (level) {
+    case Isa::kAmx: return "amx";
     case Isa::kAvx512Bf16: return "avx512_bf16";
     case Isa::kAvx512Vnni: return "avx512_vnni";
     case Isa::kAvx512: return "avx512";

@@ -120,7 +120,7 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     std::memcpy(&constant, &bits, sizeof(constant));
     const PlanStep s{static_cast<PlanOp>(q[0]),  q[1], q[2],  q[3],  q[4],     q[5], q[6], q[7],
                      static_cast<PlanAct>(q[8]), q[9], q[10], q[11], constant, q[13]};
-    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kMeanMax) && q[8] >= 0 &&
+    bool ok = q[0] >= 0 && q[0] <= static_cast<int64_t>(PlanOp::kConvSplit) && q[8] >= 0 &&
               q[8] <= static_cast<int64_t>(PlanAct::kRelu6);
     for (const int64_t m : {s.in, s.other, s.gate, s.second}) {
       if (m == -1 && m != s.in) continue;
@@ -142,6 +142,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
       needed = ceil_div(in_channels, 2) * out_stride;
     } else if (s.op == PlanOp::kConvInt8) {
       needed = ceil_div(in_channels, 4) * out_stride;
+    } else if (s.op == PlanOp::kConvSplit) {
+      needed = 2 * ceil_div(in_channels, 2) * out_stride;
     } else if (s.op == PlanOp::kWinograd) {
       needed = 36 * in_channels * out_stride;
     } else if (s.op == PlanOp::kDeconv) {
@@ -193,7 +195,7 @@ Plan parse(const Tensor& program, const Tensor& weights) {
     const bool gated = s.op == PlanOp::kScale || s.op == PlanOp::kScalePixels || s.op == PlanOp::kOuter ||
                        s.op == PlanOp::kCoordinateMean || s.op == PlanOp::kGroupAttention;
     const bool may_be_gated = gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave ||
-                              s.op == PlanOp::kAdd || s.op == PlanOp::kChannelStats ||
+                              s.op == PlanOp::kAdd || s.op == PlanOp::kChannelStats || s.op == PlanOp::kConvSplit ||
                               (s.op == PlanOp::kConv && s.kernel == 1 && s.stride == 1 && s.in != plan.input);
     ok = ok && s.second != plan.input &&
          (s.second < 0 || (s.op == PlanOp::kScalePixels && has(s.second, in_channels)) ||
@@ -277,6 +279,7 @@ bool by_pixel(const PlanStep& s) {
     case PlanOp::kConv: return s.kernel == 1 && s.stride == 1;
     case PlanOp::kConvBf16:
     case PlanOp::kConvInt8:
+    case PlanOp::kConvSplit:
     case PlanOp::kScale:
     case PlanOp::kActivate:
     case PlanOp::kInterleave:
@@ -375,6 +378,7 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     l.floats = std::max(l.floats, begin + size);
   };
   place(plan.input);
+  const bool tiled = isa() == Isa::kAmx;
   Groups groups{plan};
   const auto sized = [&](int64_t m) -> const PlanMap& {  // a map that has been written to
     const PlanMap& base = l.maps[static_cast<size_t>(plan.base[static_cast<size_t>(m)])];
@@ -423,9 +427,14 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     } else if (s.op == PlanOp::kWinograd) {
       l.gather = std::max(l.gather, winograd_scratch(in.channels, out.channels));
     } else if (s.op == PlanOp::kConvBf16) {
-      l.gather = std::max(l.gather, kMostRows * rounded_row(in.channels, 1));
+      l.gather = std::max(l.gather, tiled ? tiled_scratch(in.channels, 2, 1) : kMostRows * rounded_row(in.channels, 1));
     } else if (s.op == PlanOp::kConvInt8) {
-      l.gather = std::max(l.gather, kScales + kMostRows * rounded_row(in.channels, 4));
+      l.gather = std::max(l.gather,
+                          tiled ? tiled_scratch(in.channels, 4, 1) : kScales + kMostRows * rounded_row(in.channels, 4));
+    } else if (s.op == PlanOp::kConvSplit) {
+      const int64_t weights = in.channels * ceil_div(out.channels, kPad) * kPad;
+      l.gather = std::max(l.gather, tiled ? tiled_scratch(in.channels, 2, 2)
+                                          : weights + kMostRows * ceil_div(in.channels, kPad) * kPad);
     } else if (s.op == PlanOp::kMeanOfRows) {
       out.width = 1;
     } else if (s.op == PlanOp::kMeanOfColumns) {
@@ -563,6 +572,7 @@ int64_t cycles(const PlanTask& t) {
     case PlanOp::kConv: return numbers * k * k * t.in.channels / 16;
     case PlanOp::kConvBf16: return numbers * t.in.channels / 32;
     case PlanOp::kConvInt8: return numbers * t.in.channels / 64 + read;
+    case PlanOp::kConvSplit: return numbers * t.in.channels / 64 + read;
     case PlanOp::kWinograd: return numbers * t.in.channels / 4;
     case PlanOp::kDeconv: return numbers * t.in.channels / 4;
     case PlanOp::kDepthwise: return numbers * k * k / 8;

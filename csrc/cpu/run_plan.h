@@ -69,6 +69,10 @@ enum class PlanOp : int64_t {
   // scales of the filters, then as many sums of them
   kConvInt8,
   kMeanMax,  // mean over all pixels, then, in as many channels more, maximum
+  // 1x1 convolution as kConv (gate included) of numbers that are sums of two bfloat16; weights [panel][2][in /
+  // 2][width],
+  // first the larger parts, then what is left, pairs as in kConvBf16
+  kConvSplit,
 };
 
 struct PlanStep {
@@ -135,6 +139,13 @@ inline int64_t rounded_row(int64_t channels, int64_t per_float) {
 }
 constexpr int64_t kScales = 2 * kPad;
 static_assert(kMostRows <= kPad);
+
+// The AMX level takes that many pixels at a time, a multiple of 32: their rounded numbers, in two parts of kConvSplit,
+// stand behind the sums of 32 pixels and the pixels' scales.
+constexpr int64_t kTiledPixels = 32;
+inline int64_t tiled_scratch(int64_t channels, int64_t per_float, int64_t parts) {
+  return 2 * 32 * kPanel + 4 * kTiledPixels + kTiledPixels * parts * rounded_row(channels, per_float);
+}
 
 // kWinograd computes squares of 4x4 outputs, so many at a time.
 constexpr int64_t kSquares = 12;

@@ -3,7 +3,28 @@
 #include "cpu/plan/common.h"
 #include "cpu/plan/product.h"
 #include "cpu/plan/rounded.h"
-#if FASTPOSE_VNNI
+#if FASTPOSE_AMX
+#include "cpu/plan/amx.h"
+
+namespace fastpose {
+namespace amx {
+
+struct PlanLevel {
+  static void combine(const PlanTask& t) { avx512::PlanLevel::combine(t); }
+  static void run(const PlanTask& t, int64_t tile, float* scratch) {
+    switch (t.step->op) {
+      case PlanOp::kConvSplit: return conv_tiles<Factors::kPairs, true>(t, tile, scratch);
+      case PlanOp::kConvBf16: return conv_tiles<Factors::kPairs, false>(t, tile, scratch);
+      case PlanOp::kConvInt8: return conv_tiles<Factors::kBytes, false>(t, tile, scratch);
+      default: return avx512::PlanLevel::run(t, tile, scratch);
+    }
+  }
+};
+
+}  // namespace amx
+}  // namespace fastpose
+
+#elif FASTPOSE_VNNI
 
 namespace fastpose {
 namespace FASTPOSE_ISA {
@@ -53,6 +74,7 @@ struct PlanLevel {
         return to_one(*t.step, t.in.channels, t.out.channels) ? conv_to_one(t, tile, scratch) : conv(t, tile, scratch);
       case PlanOp::kConvBf16: return conv_bf16(t, tile, scratch);
       case PlanOp::kConvInt8: return conv_int8(t, tile, scratch);
+      case PlanOp::kConvSplit: return conv_split(t, tile, scratch);
       case PlanOp::kDepthwise: return depthwise(t, tile, scratch);
       case PlanOp::kUpsample: return upsample(t, tile);
       case PlanOp::kMean:

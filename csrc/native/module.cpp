@@ -81,8 +81,8 @@ py::tuple group_people(const Floats& heatmaps, const Floats& tags, const std::ve
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Processor and build information, and grouping of keypoints; numpy arrays in and out";
   m.def("cpu_info", &cpu_info,
-        "model name, 'isa' in use (after FASTPOSE_CPU_ISA) and 'detected': baseline, avx2, avx512, avx512_vnni or "
-        "avx512_bf16");
+        "model name, 'isa' in use (after FASTPOSE_CPU_ISA) and 'detected': baseline, avx2, avx512, avx512_vnni, "
+        "avx512_bf16 or amx");
   m.def("build_info", &build_info,
         "version, compiler, torch of the build, lowest torch it runs on, GPUs it was built for");
   m.def("group_people", &group_people, "see fastpose.grouping.group_people", py::arg("heatmaps").noconvert(),

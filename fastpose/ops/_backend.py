@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 LIBRARY = Path(__file__).resolve().parent.parent / "_ops.so"
 OPS = ("ghost_cheap", "ghost_cheap_backward", "dw_upsample", "dw_upsample_backward", "oks_nms", "run_plan")
 # as in csrc/cpu/isa.cpp; the highest that may be used
-CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 
 def _load() -> tuple[bool, str]:
@@ -61,6 +61,15 @@ def runs_reference() -> bool:
     """Whether a differentiable operator called from Python runs its reference: without the library, and inside
     `torch.func` and forward-mode differentiation, which refuse the kernels or take their derivatives to be zero."""
     return not LOADED or forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def cpu_level() -> str:
+    """The instruction set in use, one of `CPU_LEVELS`; "unknown" without the native module."""
+    try:
+        from fastpose import _native  # type: ignore[attr-defined]
+    except ImportError:
+        return "unknown"
+    return str(_native.cpu_info()["isa"])
 
 
 def has_kernel(op: str, device: str) -> bool:

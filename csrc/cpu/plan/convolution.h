@@ -87,6 +87,31 @@ void conv(const PlanTask& t, int64_t tile, float* scratch) {
   }
 }
 
+// kConvSplit, where there are no products of bfloat16 worth having: of floats, each weight the sum of its parts. They
+// are put together once per tile.
+void conv_split(const PlanTask& t, int64_t tile, float* scratch) {
+  const int64_t channels = t.in.channels, packed = pad(t.out.channels), pairs = (channels + 1) / 2;
+  typedef int32_t Bits __attribute__((vector_size(FASTPOSE_VECTOR_BYTES)));
+  for (int64_t n = 0; n < packed; n += kPanel) {
+    const int64_t width = packed - n < kPanel ? packed - n : kPanel;
+    const float* from = t.weight + n * 2 * pairs;
+    for (int64_t k = 0; k < channels; ++k) {
+      for (int64_t c = 0; c < width; c += kL) {
+        const float* pair = from + k / 2 * width + c;
+        Bits large = reinterpret_cast<Bits>(load(pair)), small = reinterpret_cast<Bits>(load(pair + pairs * width));
+        large = k % 2 == 0 ? large << 16 : large & ~0xffff;
+        small = k % 2 == 0 ? small << 16 : small & ~0xffff;
+        store(scratch + n * channels + k * width + c, reinterpret_cast<V>(large) + reinterpret_cast<V>(small));
+      }
+    }
+  }
+  PlanTask whole = t;
+  whole.weight = scratch;
+  const auto [begin, end] = range_of(t, tile, t.out.pixels());
+  if (t.gate.data != nullptr) return conv_gated(whole, begin, end, scratch + channels * packed);
+  conv_rows({t.in.data + begin * t.in.stride, t.in.stride, channels}, end - begin, whole, begin);
+}
+
 // kDeconv: output (2 y + a, 2 x + b) sees input rows y - 1 + a and y + a, and columns alike. A tile is a band of input
 // rows; the outputs of one phase (a, b) lie two pixels apart.
 void deconv(const PlanTask& t, int64_t tile, float* scratch) {

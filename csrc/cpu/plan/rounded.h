@@ -8,7 +8,7 @@ namespace fastpose {
 namespace FASTPOSE_ISA {
 namespace {
 
-#if !FASTPOSE_VNNI || FASTPOSE_BF16
+#if !FASTPOSE_VNNI || (FASTPOSE_BF16 && !FASTPOSE_AMX)
 #if FASTPOSE_BF16
 typedef uint16_t Bf16 __attribute__((may_alias));
 
