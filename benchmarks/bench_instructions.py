@@ -6,7 +6,8 @@ count. The bound is the larger of two times: arithmetic at the rate of the faste
 with 100 %), and, where the maps do not fit the second-level cache, moving inputs, outputs and weights at the rate of a
 copy of as many bytes. For Winograd's algorithm the arithmetic is that of the direct sum, so it may beat its
 bound. The rate of int8 products is taken as four times that of float32, of bfloat16 products as twice where the
-instruction set in use is avx512_bf16; elsewhere they are products of float32.
+instruction set in use is avx512_bf16; elsewhere they are products of float32. With AMX those are 32 and 16 times, and
+bfloat16x3 takes three of the latter.
 
 Run: python benchmarks/bench_instructions.py [--quick] [--threads 1] [--json FILE]
 """
@@ -22,9 +23,9 @@ from _timing import Table, measure, options, parse, set_threads
 from torch import Tensor, nn
 
 import fastpose
-from fastpose import info
 from fastpose.layers import channel_shuffle
 from fastpose.models.le_hrnet import MCAM
+from fastpose.ops import _backend
 
 COLUMNS: dict[str, tuple[int, int | None]] = {
     "instruction": (34, None),
@@ -98,7 +99,7 @@ def run(table: Table, args: argparse.Namespace, threads: int) -> None:
     set_threads(threads)
     rows: list[dict[str, Any]] = []
     cases = [(case, "float32") for case in CASES[:: 4 if args.quick else 1]]
-    cases += [(CASES[i], p) for i, p in ((0, "bfloat16"), (0, "int8"), (1, "bfloat16"), (1, "int8"), (2, "bfloat16"))]
+    cases += [(CASES[i], p) for i in (0, 1) for p in ("bfloat16x3", "bfloat16", "int8")] + [(CASES[2], "bfloat16")]
     for (name, (channels, height, width), layers, macs, numbers), precision in cases:
         x = torch.randn(1, 3, height, width).contiguous(memory_format=torch.channels_last)
         calls: dict[str, Any] = {}
@@ -117,9 +118,11 @@ def run(table: Table, args: argparse.Namespace, threads: int) -> None:
         row |= {"GFLOP/s": 2 * macs * height * width / seconds * 1e-9}
         row |= {"moving us": timings["copy"].median * 1e6 if bytes_moved > L2 else 0.0}
         rows.append(row | {"flops": 2 * macs * height * width})
-    # products per instruction, beside float32
-    paired = str(info.collect().get("instruction set")).startswith("avx512_bf16")
-    rates = {"float32": 1, "bfloat16": 2 if paired else 1, "int8": 4}
+    # products per cycle, beside float32
+    level = _backend.cpu_level()
+    rates = {"float32": 1, "bfloat16x3": 1, "bfloat16": 2 if level == "avx512_bf16" else 1, "int8": 4}
+    if level == "amx":
+        rates |= {"bfloat16x3": 16 / 3, "bfloat16": 16, "int8": 32}
     peak = max(r["GFLOP/s"] for r in rows if r["instruction"].startswith("1x1") and r["precision"] == "float32")
     for row in rows:
         bound = max(row["flops"] / (peak * rates[row["precision"]]) * 1e-3, row["moving us"])

@@ -35,7 +35,6 @@ MEAN_OF_ROWS, MEAN_OF_COLUMNS, COORDINATE_MEAN, GROUP_SOFTMAX, GROUP_ATTENTION =
 DECONV, MAX_POOL, WINOGRAD, SHUFFLE, CONV_BF16, CONV_INT8, MEAN_MAX, CONV_SPLIT = range(24, 32)
 WINOGRAD_LIMIT = 128 * 128  # pairs of channels
 PRECISIONS = ("auto", "float32", "bfloat16x3", "bfloat16", "int8")
-SPLIT_CHANNELS = 64  # of fewer, taking numbers apart costs as much as the products save
 INT8_CHANNELS = 72  # of fewer, scaling the map costs as much as the products save
 ACTIVATIONS = {
     aten.relu.default: 1,
@@ -557,7 +556,7 @@ class _Lowering:
                 wide = self.precision == "int8" and min(weight.shape[:2]) >= INT8_CHANNELS
                 if self.precision != "bfloat16x3":
                     op = CONV_INT8 if wide else CONV_BF16
-                elif weight.shape[1] >= SPLIT_CHANNELS:
+                elif _suits_split(*weight.shape[:2]):
                     op = CONV_SPLIT
             fits = fits and groups == 1 and padding < k <= 31 and stride <= 31
         if not fits:
@@ -1058,6 +1057,12 @@ def _suits_winograd(weight: Tensor, stride: int, padding: int) -> bool:
     """Whether the transforms pay: there are enough channels to outweigh them, and not too many weights to read."""
     out, into, height, width = weight.shape
     return (height, width, stride, padding) == (3, 3, 1, 1) and min(out, into) >= 16 and out * into <= WINOGRAD_LIMIT
+
+
+def _suits_split(out: int, into: int) -> bool:
+    """Whether three products of bfloat16 pay for taking numbers apart, on a core that others keep busy too: products in
+    the tile registers are what suffers most by that."""
+    return into >= 96 or (into >= 64 and out * into >= 128 * 128)
 
 
 def _pack(op: int, weight: Tensor) -> Tensor:
