@@ -12,7 +12,7 @@ import fastpose
 from fastpose.models import create_model
 from fastpose.models._registry import model_entry
 from fastpose.ops import _backend
-from fastpose.plan import NotOptimizable, Optimized, optimize
+from fastpose.plan import NotOptimizable, Optimized, optimize, usual_precision
 
 
 def collect() -> dict[str, Any]:
@@ -47,7 +47,8 @@ def collect() -> dict[str, Any]:
     without = {op: "reference" for op in ops} | {"run_plan": "not there"}  # a program of kernels has no reference
     for device in ("cpu", "cuda"):
         report[f"ops on {device}"] = {op: "fused" if _backend.has_kernel(op, device) else without[op] for op in ops}
-    report["whole networks"] = f"{'optimised' if _backend.LOADED else 'PyTorch'}; of one: fastpose info --model NAME"
+    how = f"optimised, by default in {usual_precision()}" if _backend.LOADED else "PyTorch"
+    report["whole networks"] = f"{how}; of one: fastpose info --model NAME"
     return report
 
 

@@ -247,13 +247,14 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
         precision: of the products of 1x1 convolutions, where most of a light network's arithmetic is; sums and
             everything else stay float32. ``"float32"``. ``"bfloat16x3"``: numbers of maps and weights are sums of two
             bfloat16, 16 bits together, and a product is three of theirs; results differ from exact ones by about 1e-5
-            of the largest, and Intel's processors with AMX do this faster than float32. ``"auto"`` is that on those,
-            and ``"float32"`` on all others. ``"bfloat16"``: maps and weights are rounded to 8 bits as they are
-            multiplied; five times the rate of float32 with AMX, twice on AMD processors with AVX512-BF16, elsewhere as
-            fast as float32 or a little slower. ``"int8"``: of wide 1x1 convolutions instead bytes, weights scaled per
-            output channel and maps per pixel as they are met; of the others as ``"bfloat16"``. Less exact; as fast as
-            bfloat16 with AMX, faster on other processors that have AVX512-VNNI, slower than float32 on those without.
-            On CUDA ``"float32"`` (or ``"auto"``), ``"bfloat16"`` or ``"float16"``: what everything is computed in.
+            of the largest (infinite numbers give NaN), and Intel's processors with AMX do this faster than float32.
+            ``"auto"`` is that on those, and ``"float32"`` on all others. ``"bfloat16"``: maps and weights are rounded
+            to 8 bits as they are multiplied; up to five times the rate of float32 with AMX, twice on AMD processors
+            with AVX512-BF16, elsewhere as fast as float32 or a little slower. ``"int8"``: of wide 1x1 convolutions
+            instead bytes, weights scaled per output channel and maps per pixel as they are met; of the others as
+            ``"bfloat16"``. Less exact; as fast as bfloat16 with AMX, faster on other processors that have AVX512-VNNI,
+            slower than float32 on those without. On CUDA ``"float32"`` (or ``"auto"``), ``"bfloat16"`` or
+            ``"float16"``: what everything is computed in.
 
     Returns:
         A module with the same interface. In float32 it differs from the model by rounding only. What `forward` decides
@@ -272,7 +273,7 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "auto":
-        precision = "bfloat16x3" if _backend.cpu_level() == "amx" else "float32"
+        precision = usual_precision()
     if size is not None and min(size) < 1:
         raise ValueError(f"size must be a positive (height, width), got {tuple(size)}")
     others = {p.dtype for p in model.parameters()} - {torch.float32}
@@ -300,6 +301,11 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
             for images in several:
                 _compare(optimized, reference, images, rounded == "float32")
     return optimized
+
+
+def usual_precision() -> str:
+    """What ``precision="auto"`` is on this processor."""
+    return "bfloat16x3" if _backend.cpu_level() == "amx" else "float32"
 
 
 def _images(count: int, height: int, width: int) -> Tensor:

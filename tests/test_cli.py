@@ -494,6 +494,9 @@ def test_export_with_rounded_products(folder, capsys):
         assert main(["export", "--fused", "--precision", precision, "--input-size", "64", "64", str(file)]) == 0
         assert 1e-4 < float(capsys.readouterr().out.partition("largest difference ")[2].split()[0]) < 0.1
         assert torch.jit.load(file)(torch.zeros(1, 3, 64, 96)).shape == (1, 14, 16, 24)
+    file = folder / "split.pt"
+    assert main(["export", "--fused", "--precision", "bfloat16x3", "--input-size", "64", "64", str(file)]) == 0
+    assert 1e-7 < float(capsys.readouterr().out.partition("largest difference ")[2].split()[0]) < 1e-4
     assert main(["export", "--precision", "int8", str(folder / "no.pt")]) == 2
     assert "--precision is about --fused" in capsys.readouterr().err
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.GELU())
