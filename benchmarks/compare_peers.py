@@ -8,7 +8,7 @@ PyTorch's. A competitor that is not installed, fails or computes something else 
 
     fastpose        fastpose.optimize: in float32 or, where the processor has AMX, in bfloat16x3
     fastpose float32  the same in float32 on all processors
-    exported        the same from a TorchScript file, without the memory that preparing it takes
+    exported        that from a TorchScript file, without the memory that preparing it takes
     eager           PyTorch, channels-last
     jit.freeze      scripted and frozen, channels-last
     compile         torch.compile, default options (only with --compile, as the next two: it takes minutes)
@@ -314,7 +314,7 @@ def prepare(model: str, batch: int, size: tuple[int, int], folder: Path) -> dict
         if is_operator(model):
             fast = torch.jit.freeze(torch.jit.script(fastpose.set_fused(build(model), True)))
         else:
-            fast = torch.jit.script(fastpose.optimize(network, x.shape[2:]))
+            fast = torch.jit.script(fastpose.optimize(network, x.shape[2:], "float32"))
         torch.jit.save(fast, str(file))
 
     def to_ncnn(file: Path) -> None:

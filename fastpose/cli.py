@@ -475,6 +475,8 @@ def _evaluate_on(device: Any, options: argparse.Namespace) -> int:
         print(f"flip test: {'yes' if options.flip_test else 'no'}")
     names = EVALUATION_SETTINGS + (() if options.predictions else NETWORK_SETTINGS)
     settings = {name: getattr(options, name) for name in names}
+    if not options.predictions:
+        settings["precision"] = estimator.precision  # what "auto" was
     for path, write in (
         (options.results, result.write_results),
         (options.json, lambda path: write_json(path, {**result.to_dict(), "settings": settings})),
@@ -542,7 +544,7 @@ def _export(options: argparse.Namespace) -> int:
         for name in ("fused", "keypoints"):
             if getattr(options, name):
                 raise ValueError(f"--{name} is about programs, not weights")
-        if options.precision != "float32":
+        if options.precision not in ("auto", "float32"):
             raise ValueError("--precision is about programs, not weights: choose where they are used")
         settings = ("codec", "input_size", "padding", "skeleton")
         given = [name for name in settings if getattr(options, name) is not None]
@@ -563,7 +565,7 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError("--flip-test is about weights: --format safetensors")
     if options.codec and not options.keypoints:
         raise ValueError("--codec is about --keypoints")
-    if options.precision != "float32" and not options.fused:
+    if options.precision not in ("auto", "float32") and not options.fused:
         raise ValueError("--precision is about --fused: the other files are computed in float32")
     name, _, _ = find_architecture(checkpoint, options.model)
     size = model_entry(name).input_size if info is None else info.input_size

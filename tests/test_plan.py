@@ -62,7 +62,7 @@ def compare(
             expected, got = exact(x.double()), fast(x)
         assert got.shape == expected.shape and got.dtype == torch.float32
         if got.numel():
-            assert relative(got, expected) < (5e-6 if precision == "float32" else 3e-5)
+            assert relative(got, expected) < {"float32": 5e-6, "bfloat16x3": 3e-5, "bfloat16": 2e-2}[precision]
     return fast
 
 
@@ -384,12 +384,22 @@ def test_gates_left_to_convolutions(channels, case):
     assert Counter(step[0] for step in steps(fast))[SCALE] == (case in ("every other pixel", "used twice"))
 
 
-@pytest.mark.parametrize("channels", [96, 101, 112])
-def test_gates_left_to_split_products(channels):
+@pytest.mark.parametrize(("precision", "channels"), [("bfloat16x3", c) for c in (96, 101, 112)] + [("bfloat16", 43)])
+def test_gates_left_to_rounded_products(precision, channels):
     net = GatedConvolution(channels, "plus")
-    fast = compare(net, (1, 3, 24, 24), (2, 3, 5, 9), (1, 3, 1, 1), (0, 3, 4, 4), precision="bfloat16x3")
+    fast = compare(net, (1, 3, 24, 24), (2, 3, 5, 9), (1, 3, 1, 1), (0, 3, 4, 4), precision=precision)
     count = Counter(step[0] for step in steps(fast))
-    assert count[SCALE] == 0 and count[plan.CONV_SPLIT] > 0
+    assert count[SCALE] == 0 and count[plan.CONV_SPLIT if precision == "bfloat16x3" else plan.CONV_BF16] > 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16x3"])
+def test_wrong_numbers_are_noticed(precision, monkeypatch):
+    """Whatever packs weights wrongly: the program that is returned has been compared, not another."""
+    net, pack = nn.Sequential(nn.Conv2d(3, 96, 1), nn.Conv2d(96, 96, 1)).eval(), plan._pack
+    wrong = plan.CONV if precision == "float32" else plan.CONV_SPLIT
+    monkeypatch.setattr(plan, "_pack", lambda op, weight: pack(op, weight.flip(0) if op == wrong else weight))
+    with pytest.raises(NotOptimizable, match="the result would differ from the network's"):
+        optimize(net, (8, 8), precision)
 
 
 def test_attention_takes_in_its_gate():
@@ -660,7 +670,8 @@ def test_every_instruction_set(level):
     code += "[t.test_multi_scale_attention(c) for c in (16, 32, 48)]; "
     code += "t.test_weights_beyond_the_cache(200, 170, 3, 2, 2); t.test_gates_left_to_convolutions(43, 'plus'); "
     code += "t.test_sums_of_many_numbers(64, 512); t.test_chained_instructions(22, 'float32'); "
-    code += "t.test_chained_instructions(98, 'bfloat16x3'); t.test_gates_left_to_split_products(101)"
+    code += "t.test_chained_instructions(98, 'bfloat16x3'); t.test_gates_left_to_rounded_products('bfloat16x3', 101); "
+    code += "t.test_gates_left_to_rounded_products('bfloat16', 43)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FASTPOSE_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -2,7 +2,8 @@
 // (FASTPOSE_ISA) and compiled for that level. No include guard, on purpose.
 //
 // A file that has something to gain from products of bytes or bfloat16 defines FASTPOSE_USES_VNNI first and is compiled
-// for two more levels: avx512_vnni, where FASTPOSE_VNNI is 1, and avx512_bf16, where FASTPOSE_BF16 is.
+// for three more levels: avx512_vnni, where FASTPOSE_VNNI is 1, avx512_bf16, where FASTPOSE_BF16 is too, and amx, where
+// FASTPOSE_AMX is as well.
 //
 // Rules for a kernel file: everything inside namespace fastpose::FASTPOSE_ISA; standard headers are included before
 // this file, so that no library function is compiled for the wrong machine; lambdas are called where they stand and

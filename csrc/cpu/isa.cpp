@@ -12,19 +12,29 @@
 namespace fastpose {
 namespace {
 
-// Whether AMX's registers, 8 KB a thread, and its products of bytes and bfloat16 can be used. Linux wants to be asked,
-// once per process (Documentation/arch/x86/xstate.rst).
-bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__) && FASTPOSE_KNOWS_VNNI
+// Linux keeps AMX's registers, 8 KB a thread, from a process that has not asked for them, and from one that has it
+// refuses small signal stacks ever after (Documentation/arch/x86/xstate.rst).
+constexpr unsigned long kTileData = 18;  // XFEATURE_XTILEDATA
+
+// Whether the processor has AMX's products of bytes and bfloat16, and the system would let them be used.
+bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
+  constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  unsigned long features = 0;
+  return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1) != 0;
 }
+
+bool ask_for_amx() {
+  constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#else
+bool has_amx() { return false; }
+bool ask_for_amx() { return false; }
+#endif
 
 }  // namespace
 
@@ -37,8 +47,7 @@ Isa detected_isa() {
 #if FASTPOSE_KNOWS_VNNI
     if (__builtin_cpu_supports("avx512vnni")) {
       if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Vnni;
-      static const bool amx = has_amx();
-      return amx ? Isa::kAmx : Isa::kAvx512Bf16;
+      return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
     }
 #endif
     return Isa::kAvx512;
@@ -51,13 +60,15 @@ Isa detected_isa() {
 namespace {
 
 Isa choose() {
-  const Isa most = detected_isa();
+  Isa most = detected_isa(), wanted = Isa::kAmx;
   const char* wish = std::getenv("FASTPOSE_CPU_ISA");
   if (wish != nullptr) {
-    for (const Isa level : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx}) {
-      if (std::string(wish) == isa_name(level)) return level < most ? level : most;
+    for (const Isa level : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16}) {
+      if (std::string(wish) == isa_name(level)) wanted = level;
     }
   }
+  if (most == Isa::kAmx && !(wanted == Isa::kAmx && ask_for_amx())) most = Isa::kAvx512Bf16;
+  if (wanted < Isa::kAmx) return wanted < most ? wanted : most;
 #if defined(__x86_64__)
   if (most == Isa::kAvx512Bf16 && __builtin_cpu_is("intel")) return Isa::kAvx512Vnni;
 #endif

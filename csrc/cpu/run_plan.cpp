@@ -32,7 +32,7 @@
 namespace fastpose {
 namespace {
 
-constexpr int64_t kVersion = 3;
+constexpr int64_t kOldest = 3, kVersion = 4;  // the latter has kConvSplit and gates of kConvBf16
 constexpr int64_t kStepFields = 14;
 constexpr int kArenaSlot = 1, kGatherSlot = 2;
 
@@ -61,8 +61,8 @@ Plan parse(const Tensor& program, const Tensor& weights) {
                  ": weights must be a contiguous float32 [n], got ", name(weights.scalar_type()), " ", shape(weights));
   const int64_t* p = static_cast<const int64_t*>(program.const_data_ptr());
   const int64_t length = program.size(0);
-  FASTPOSE_CHECK(length >= 5 && p[0] == kVersion, op, ": program of version ", length > 0 ? p[0] : -1,
-                 ", this library runs version ", kVersion, "; optimise the model again");
+  FASTPOSE_CHECK(length >= 5 && p[0] >= kOldest && p[0] <= kVersion, op, ": program of version ",
+                 length > 0 ? p[0] : -1, ", this library runs version ", kVersion, "; optimise the model again");
   const int64_t maps = p[1], steps = p[2], outputs = p[4];
   FASTPOSE_CHECK(maps > 0 && steps >= 0 && outputs > 0 && maps < (1 << 20) && steps < (1 << 20) && outputs <= maps &&
                      length == 5 + outputs + 3 * maps + steps * kStepFields,
@@ -196,6 +196,7 @@ Plan parse(const Tensor& program, const Tensor& weights) {
                        s.op == PlanOp::kCoordinateMean || s.op == PlanOp::kGroupAttention;
     const bool may_be_gated = gated || s.op == PlanOp::kDepthwise || s.op == PlanOp::kInterleave ||
                               s.op == PlanOp::kAdd || s.op == PlanOp::kChannelStats || s.op == PlanOp::kConvSplit ||
+                              s.op == PlanOp::kConvBf16 ||
                               (s.op == PlanOp::kConv && s.kernel == 1 && s.stride == 1 && s.in != plan.input);
     ok = ok && s.second != plan.input &&
          (s.second < 0 || (s.op == PlanOp::kScalePixels && has(s.second, in_channels)) ||
@@ -427,7 +428,9 @@ Layout lay_out(const Plan& plan, int64_t height, int64_t width) {
     } else if (s.op == PlanOp::kWinograd) {
       l.gather = std::max(l.gather, winograd_scratch(in.channels, out.channels));
     } else if (s.op == PlanOp::kConvBf16) {
-      l.gather = std::max(l.gather, tiled ? tiled_scratch(in.channels, 2, 1) : kMostRows * rounded_row(in.channels, 1));
+      const int64_t gated = ceil_div(in.channels, kPad) * kPad;
+      l.gather = std::max(l.gather,
+                          tiled ? tiled_scratch(in.channels, 2, 1) : kMostRows * rounded_row(in.channels, 1) + gated);
     } else if (s.op == PlanOp::kConvInt8) {
       l.gather = std::max(l.gather,
                           tiled ? tiled_scratch(in.channels, 4, 1) : kScales + kMostRows * rounded_row(in.channels, 4));

@@ -61,7 +61,8 @@ enum class PlanOp : int64_t {
   kMaxPool,   // maximum of kernel x kernel pixels, those outside the map left out
   kWinograd,  // dense 3x3 convolution, stride 1, padding 1, as kConv; weights [36][panel][in][width], see `winograd`
   kShuffle,   // channels i * (channels / kernel) + j become j * kernel + i
-  // 1x1 convolution as kConv with map and weights rounded to bfloat16, sums in float: weights [panel][in / 2][width],
+  // 1x1 convolution as kConv (gate included) with map and weights rounded to bfloat16, sums in float: weights
+  // [panel][in / 2][width],
   // each a pair of bfloat16 for two channels of the map; of an odd number the last has a 0 beside it
   kConvBf16,
   // 1x1 convolution as kConv of bytes: every pixel of the map is scaled to 0 ... 255 between its least and its greatest

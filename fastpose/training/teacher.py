@@ -59,7 +59,7 @@ class Teacher:
         self.model: nn.Module = channels_last(create_from(checkpoint, info.model).to(device))
         if device.type == "cpu" and use_fused():
             with contextlib.suppress(NotOptimizable):  # the network itself gives the same numbers, slower
-                self.model = optimize(self.model, self.size)
+                self.model = optimize(self.model, self.size, "float32")
 
     def loss(self, images: Tensor, outputs: Any, targets: Sequence[Tensor]) -> Tensor:
         """The codec's loss, the labels' share of it reduced in favour of the teacher's heatmaps; a scalar.

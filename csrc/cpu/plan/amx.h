@@ -11,8 +11,8 @@
 //
 // Bound: 2800 GFLOP/s of bfloat16 on a Xeon of the fifth generation with a core to itself, a third of that for
 // kConvSplit. Reached with maps in the second-level cache: 880 and 400 for 160 to 320 channels at 16x12 pixels (167 in
-// float32), 500 and 250 for 80 to 80, where rounding and writing weigh as much as the products. On a core whose other
-// hardware thread is busy the registers multiply at less than a third of that rate.
+// float32); 500 of bfloat16 for 80 to 80, where rounding and writing weigh as much as the products. On a core whose
+// other hardware thread is busy the registers multiply at less than a third of that rate.
 //
 // Weights lie as for the other levels: a row of a register of weights is a pair (four) of channels of 16 filters. The
 // last channels, if they do not fill a register, are taken together with as many before them as do, the pixels of which

@@ -36,15 +36,23 @@ FASTPOSE_INLINE void round_to_bf16(const float* from, int64_t channels, float* t
 }
 #endif
 
-// kConvBf16: the pixels of a block are rounded once for all panels of weights.
+// kConvBf16: the pixels of a block, times the gate if there is one, are rounded once for all panels of weights.
 void conv_bf16(const PlanTask& t, int64_t tile, float* scratch) {
   constexpr bool kPaired = FASTPOSE_BF16;
   const auto [begin, end] = range_of(t, tile, t.out.pixels());
   const int64_t channels = t.in.channels, row = rounded_row(channels, kPaired ? 2 : 1);
+  float* const gated = scratch + kRows * row;
   for (int64_t first = begin; first < end; first += kRows) {
     const int64_t rows = end - first < kRows ? end - first : kRows;
     for (int64_t r = 0; r < rows; ++r) {
-      round_to_bf16(t.in.data + (first + r) * t.in.stride, channels, scratch + r * row);
+      const float* from = t.in.data + (first + r) * t.in.stride;
+      if (t.gate.data != nullptr) {
+        for (int64_t c = 0; c < channels; c += kL) {
+          store(gated + c, load(from + c) * (load(t.gate.data + c) + t.step->constant));
+        }
+        from = gated;
+      }
+      round_to_bf16(from, channels, scratch + r * row);
     }
     conv_rows<kPaired ? Factors::kPairs : Factors::kHalfPairs>({scratch, row, (channels + 1) / 2}, rows, t, first);
   }
