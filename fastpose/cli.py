@@ -536,6 +536,7 @@ def _export(options: argparse.Namespace) -> int:
     from fastpose.files import check_writable
     from fastpose.models._registry import check_codec, create_from, is_bottom_up, model_entry, read_weights
     from fastpose.pipeline import with_settings
+    from fastpose.plan import PLAIN
 
     checkpoint = read_weights(options.weights, options.model)
     model, info = create_from(checkpoint, options.model), checkpoint.info()
@@ -544,7 +545,7 @@ def _export(options: argparse.Namespace) -> int:
         for name in ("fused", "keypoints"):
             if getattr(options, name):
                 raise ValueError(f"--{name} is about programs, not weights")
-        if options.precision not in ("auto", "float32"):
+        if options.precision not in PLAIN:
             raise ValueError("--precision is about programs, not weights: choose where they are used")
         settings = ("codec", "input_size", "padding", "skeleton")
         given = [name for name in settings if getattr(options, name) is not None]
@@ -565,7 +566,7 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError("--flip-test is about weights: --format safetensors")
     if options.codec and not options.keypoints:
         raise ValueError("--codec is about --keypoints")
-    if options.precision not in ("auto", "float32") and not options.fused:
+    if options.precision not in PLAIN and not options.fused:
         raise ValueError("--precision is about --fused: the other files are computed in float32")
     name, _, _ = find_architecture(checkpoint, options.model)
     size = model_entry(name).input_size if info is None else info.input_size

@@ -18,7 +18,7 @@ from fastpose.codecs import HeatmapCodec
 from fastpose.files import write_atomically
 from fastpose.ops import set_fused
 from fastpose.pipeline import keypoints_of_crops
-from fastpose.plan import NotOptimizable, optimize
+from fastpose.plan import PLAIN, NotOptimizable, optimize
 from fastpose.preprocess import normalize
 
 
@@ -79,7 +79,7 @@ def export_torchscript(
             than 0.01 pixels (nothing is written then).
     """
     rounded = precision in ("bfloat16", "int8")
-    if precision not in ("auto", "float32") and not fused:
+    if precision not in PLAIN and not fused:
         raise ExportError(f"precision {precision!r} is one of fastpose's kernels: it needs fused=True")
     with _layers(model, fused):
         x = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(0))
@@ -90,7 +90,7 @@ def export_torchscript(
                 try:
                     network = optimize(model, input_size, precision)
                 except NotOptimizable as error:
-                    if precision not in ("auto", "float32"):
+                    if precision not in PLAIN:
                         raise ExportError(f"no precision {precision!r}: {error}") from None
             program = torch.jit.freeze(torch.jit.script(network))
 

@@ -37,7 +37,7 @@ from fastpose.models._registry import check_codec, create_from, read_weights
 from fastpose.ops import oks_nms, rescore, use_fused
 from fastpose.ops._backend import WHY_NOT
 from fastpose.ops.oks_nms import check_threshold
-from fastpose.plan import NotOptimizable, Optimized, usual_precision
+from fastpose.plan import PLAIN, NotOptimizable, Optimized, usual_precision
 from fastpose.plan import optimize as fastpose_optimize
 from fastpose.poses import Poses
 from fastpose.preprocess import normalize, planes_on, warp_crops
@@ -181,7 +181,7 @@ class PoseEstimator:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device = _local_device("cpu" if device is None else device)
-        if precision not in ("auto", "float32"):
+        if precision not in PLAIN:
             reason = WHY_NOT if self.device.type == "cpu" and not use_fused() else ""
             reason = "optimize=False switches it off" if optimize is False else reason
             if reason:

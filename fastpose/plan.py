@@ -37,6 +37,7 @@ DECONV, MAX_POOL, WINOGRAD, SHUFFLE, CONV_BF16, CONV_INT8, MEAN_MAX, CONV_SPLIT 
 WINOGRAD_LIMIT = 128 * 128  # pairs of channels
 # how many times PyTorch's difference from exact numbers one may be that is still rounding
 ROUNDING = {"float32": 10, "bfloat16x3": 1000}
+PLAIN = ("auto", "float32")  # what there is without a program too
 PRECISIONS = ("auto", "float32", "bfloat16x3", "bfloat16", "int8")
 INT8_CHANNELS = 72  # of fewer, scaling the map costs as much as the products save
 ACTIVATIONS = {

@@ -574,7 +574,7 @@ int64_t cycles(const PlanTask& t) {
   switch (t.step->op) {
     case PlanOp::kConv: return numbers * k * k * t.in.channels / 16;
     case PlanOp::kConvBf16: return numbers * t.in.channels / 32;
-    case PlanOp::kConvInt8: return numbers * t.in.channels / 64 + read;
+    case PlanOp::kConvInt8:
     case PlanOp::kConvSplit: return numbers * t.in.channels / 64 + read;
     case PlanOp::kWinograd: return numbers * t.in.channels / 4;
     case PlanOp::kDeconv: return numbers * t.in.channels / 4;

@@ -62,17 +62,16 @@ enum class PlanOp : int64_t {
   kWinograd,  // dense 3x3 convolution, stride 1, padding 1, as kConv; weights [36][panel][in][width], see `winograd`
   kShuffle,   // channels i * (channels / kernel) + j become j * kernel + i
   // 1x1 convolution as kConv (gate included) with map and weights rounded to bfloat16, sums in float: weights
-  // [panel][in / 2][width],
-  // each a pair of bfloat16 for two channels of the map; of an odd number the last has a 0 beside it
+  // [panel][in / 2][width], each a pair of bfloat16 for two channels of the map; of an odd number the last has a 0
+  // beside it
   kConvBf16,
   // 1x1 convolution as kConv of bytes: every pixel of the map is scaled to 0 ... 255 between its least and its greatest
   // number, or 0; weights [panel][in / 4][width], each four signed bytes for four channels; behind the bias as many
   // scales of the filters, then as many sums of them
   kConvInt8,
   kMeanMax,  // mean over all pixels, then, in as many channels more, maximum
-  // 1x1 convolution as kConv (gate included) of numbers that are sums of two bfloat16; weights [panel][2][in /
-  // 2][width],
-  // first the larger parts, then what is left, pairs as in kConvBf16
+  // 1x1 convolution as kConv (gate included) of numbers that are sums of two bfloat16; weights
+  // [panel][2][in / 2][width], first the larger parts, then what is left, pairs as in kConvBf16
   kConvSplit,
 };
 

@@ -123,8 +123,8 @@ FASTPOSE_INLINE void last_chunk(const Depth& depth, char* pixel) {
   _mm512_store_si512(pixel + (depth.chunks - 1) * kStep, _mm512_maskz_mov_epi32(its_own, last));
 }
 
-// Sums of 16 kRows pixels x 16 kColumns filters, in `sums` [16 kRows][kPanel]. Pixels are `row` bytes apart, rows of
-// weights `width` floats.
+// Sums of 16 kRows16 pixels x 16 kColumns filters, in `sums` [16 kRows16][kPanel]. Pixels are `row` bytes apart, rows
+// of weights `width` floats.
 template <Factors kFactors, bool kSplit, int kRows16, int kColumns>
 FASTPOSE_INLINE void tile_sums(const char* pixels, int64_t row, const Depth& depth, const float* weight, int64_t width,
                                const float* bias, float* sums) {
